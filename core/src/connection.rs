@@ -1,0 +1,151 @@
+//! Both databases behind one type.
+
+use std::{fmt, sync::Arc};
+
+use crate::{
+    error::{Error, Kind, Result},
+    store::Store,
+};
+
+/// The host's pool.
+#[derive(Debug, Clone)]
+pub enum Pool {
+    /// PostgreSQL.
+    #[cfg(feature = "postgres")]
+    Postgres(sqlx::PgPool),
+    /// SQLite.
+    #[cfg(feature = "sqlite")]
+    Sqlite(sqlx::SqlitePool),
+}
+
+/// A connection inside a transaction, of either database: what a handler writes with and what enqueue accepts.
+#[derive(Debug)]
+pub enum Connection<'a> {
+    /// PostgreSQL.
+    #[cfg(feature = "postgres")]
+    Postgres(&'a mut sqlx::PgConnection),
+    /// SQLite.
+    #[cfg(feature = "sqlite")]
+    Sqlite(&'a mut sqlx::SqliteConnection),
+}
+
+/// A database that holds, or shall hold, the engine's tables. Cheap to clone.
+///
+/// Made from a pool, `Database::from(&pool)`, with the tables in schema `pillarbox` (PostgreSQL) or with the prefix
+/// `pillarbox_` (SQLite); [`Database::in_schema`] takes another name.
+#[derive(Clone)]
+pub struct Database {
+    store: Arc<dyn Store>,
+}
+
+/// The schema's default name.
+pub const SCHEMA: &str = "pillarbox";
+
+impl Database {
+    /// With the tables in another schema, or behind another prefix (`name_`).
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] unless the name is a lower-case letter or `_` followed by at most 62 lower-case letters, digits or `_`.
+    pub fn in_schema(pool: Pool, schema: &str) -> Result<Self> {
+        check_identifier(schema)?;
+        Ok(Self::checked(pool, schema))
+    }
+
+    fn checked(pool: Pool, schema: &str) -> Self {
+        let store: Arc<dyn Store> = match pool {
+            #[cfg(feature = "postgres")]
+            Pool::Postgres(pool) => Arc::new(crate::store::postgres::Postgres::new(pool, schema)),
+            #[cfg(feature = "sqlite")]
+            Pool::Sqlite(pool) => Arc::new(crate::store::sqlite::Sqlite::new(pool, schema)),
+        };
+        Self { store }
+    }
+
+    /// Over any store.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn over(store: Arc<dyn Store>) -> Self {
+        Self { store }
+    }
+
+    /// The store.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The pool it was made from; none only in simulations.
+    #[must_use]
+    pub fn pool(&self) -> Option<Pool> {
+        self.store.pool()
+    }
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Database")
+            .field(&self.store.schema())
+            .finish()
+    }
+}
+
+impl From<&Database> for Database {
+    fn from(database: &Database) -> Self {
+        database.clone()
+    }
+}
+
+#[cfg(feature = "postgres")]
+impl From<&sqlx::PgPool> for Database {
+    fn from(pool: &sqlx::PgPool) -> Self {
+        Self::checked(Pool::Postgres(pool.clone()), SCHEMA)
+    }
+}
+
+#[cfg(feature = "sqlite")]
+impl From<&sqlx::SqlitePool> for Database {
+    fn from(pool: &sqlx::SqlitePool) -> Self {
+        Self::checked(Pool::Sqlite(pool.clone()), SCHEMA)
+    }
+}
+
+/// Makes or completes the engine's tables: idempotent, safe when several programs start at once, apart from the host's
+/// own migrations. On PostgreSQL the log gets 4 partitions; [`migrate_with`] takes another number.
+///
+/// # Errors
+/// The database's own; [`Kind::Incompatible`] when a newer program made a schema that names this one too old.
+pub async fn migrate(database: impl Into<Database>) -> Result<()> {
+    migrate_with(database, 4).await
+}
+
+/// [`migrate`] with a number of log partitions: a power of two, 1 to 64. It counts only when the log is made.
+///
+/// # Errors
+/// As [`migrate`]; [`Kind::Invalid`] for another number.
+pub async fn migrate_with(database: impl Into<Database>, partitions: u16) -> Result<()> {
+    if !partitions.is_power_of_two() || partitions > 64 {
+        let text = format!("{partitions} partitions; a power of two from 1 to 64 is expected");
+        return Err(Error::new(Kind::Invalid, "migrate", text));
+    }
+    database.into().store.migrate(partitions).await
+}
+
+fn check_identifier(name: &str) -> Result<()> {
+    let first = name
+        .bytes()
+        .next()
+        .is_some_and(|b| b.is_ascii_lowercase() || b == b'_');
+    let rest = name
+        .bytes()
+        .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+    if first && rest && name.len() <= 63 {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(80).collect();
+    let text = format!(
+        "the schema name {shown:?} must begin with a lower-case letter or '_' and go on with lower-case letters, digits \
+         or '_', 63 characters at most"
+    );
+    Err(Error::new(Kind::Invalid, "open database", text))
+}

@@ -1,0 +1,189 @@
+//! What the engine asks of a database. Two stores are built in; applications never call this.
+//!
+//! Every method that names a [`Lease`] proves it with a locking statement as the last one before COMMIT, and answers
+//! [`Kind::LeaseLost`](crate::error::Kind::LeaseLost) when owner or epoch differ: nothing of it is then written.
+//! No method is harmed by dropping its future: each runs to its end.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use pillarbox_transport::Message;
+
+use crate::{
+    connection::{Connection, Pool},
+    cursor::Progress,
+    error::Result,
+    event::Key,
+    failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
+    lease::{Acquired, Lease, LeaseKey, LeaseTerm},
+};
+
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres;
+#[cfg(feature = "sqlite")]
+pub(crate) mod sqlite;
+
+/// The program's number for the schema's "oldest program that may use it".
+pub const PROGRAM: i32 = 1;
+/// The schema version that this program makes.
+pub const SCHEMA_VERSION: i32 = 1;
+
+/// A database of outbox, cursors, leases, exceptions and inbox.
+#[async_trait]
+pub trait Store: Send + Sync + 'static {
+    /// The host's pool, none for the simulation's store.
+    fn pool(&self) -> Option<Pool>;
+
+    /// Schema name (PostgreSQL) or table prefix (SQLite), checked and ready to stand in a statement.
+    fn schema(&self) -> &str;
+
+    /// Makes or completes the schema; any number of programs may do so at once. `partitions` (a power of two, 1 to 64)
+    /// counts only when the log is made; SQLite has one.
+    async fn migrate(&self, partitions: u16) -> Result<()>;
+
+    /// Looks whether this program may use the schema, and answers the number of log partitions.
+    async fn partitions(&self) -> Result<u16>;
+
+    /// Takes the lease if it is free (expired, or expiring later than any lease can: a clock was set back). Commits
+    /// synchronously: an epoch is never handed out twice by one timeline. Makes the cursor's row where there is none.
+    async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>>;
+
+    /// Prolongs a lease.
+    async fn renew(&self, lease: &Lease, term: LeaseTerm) -> Result<()>;
+
+    /// Gives a lease back, so that the next owner need not wait. Does nothing if it is lost.
+    async fn release(&self, lease: &Lease) -> Result<()>;
+
+    /// The next events of a relay partition after `from`, in order.
+    async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice>;
+
+    /// Waits until everything that a slice showed is on disk, and proves that the database has not crashed since the
+    /// lease was acquired. [`LeaseLost`](crate::error::Kind::LeaseLost) if it has: what was read may never have been.
+    async fn flush(&self, lease: &Lease, gate: &Gate) -> Result<()>;
+
+    /// Moves a relay's cursor and renews its lease in one statement. `durable` waits for the disk (drain).
+    async fn settle(
+        &self,
+        lease: &Lease,
+        progress: &Progress,
+        term: LeaseTerm,
+        durable: bool,
+    ) -> Result<()>;
+
+    /// Moves a source's cursor and renews its lease.
+    async fn settle_source(&self, lease: &Lease, position: u64, term: LeaseTerm) -> Result<()>;
+
+    /// Lets events wait: idempotent by (side, scope, source, id), in one fenced, durable transaction.
+    async fn defer(&self, lease: &Lease, events: &[Deferral]) -> Result<()>;
+
+    /// Gives events up that never waited: idempotent, in one fenced, durable transaction.
+    async fn bury(&self, lease: &Lease, events: &[DeadLetter]) -> Result<()>;
+
+    /// The lines of the lease's side, scope and shard, each with its head, soonest due first, at most `limit`.
+    /// The lease is a relay partition's, or the duty `pump` of a group (shard 0 holds all its lines for now).
+    async fn lines(&self, lease: &Lease, limit: u32) -> Result<Vec<Line>>;
+
+    /// The first events of a line in order, at most `limit`; with no key, the one event `id`. Empty when the line is.
+    async fn line(
+        &self,
+        lease: &Lease,
+        key: Option<&Key>,
+        id: &LineId,
+        limit: u32,
+    ) -> Result<Vec<Deferred>>;
+
+    /// Ends one attempt of a relay's line head.
+    async fn resolve(&self, lease: &Lease, id: &LineId, resolution: &Resolution) -> Result<()>;
+
+    /// How many events wait, for the maximum: of the scope, and of the key that has most.
+    async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting>;
+
+    /// A consumer's transaction: READ COMMITTED, bounded below the lease, durable at COMMIT where `durable`.
+    async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>>;
+
+    /// The oldest dead letters of a group that have no copy at the broker yet.
+    async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>>;
+
+    /// Notes that the broker has these copies.
+    async fn copied(&self, lease: &Lease, ids: &[LineId]) -> Result<()>;
+}
+
+/// What [`Store::read`] found.
+#[derive(Debug, Clone, Default)]
+pub struct Slice {
+    /// In order.
+    pub events: Vec<Logged>,
+    /// The slice that the events lie in: an event's progress is `within.at(position)`.
+    pub within: Progress,
+    /// Where the partition stands once all these events are settled, when they were the slice's last. An empty read
+    /// moves nothing and has none.
+    pub end: Option<Progress>,
+    /// What must be on disk before these events may be published; none if it is.
+    pub gate: Option<Gate>,
+}
+
+/// A point of the database's log that must be on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Gate(pub String);
+
+/// One event of the log.
+#[derive(Debug, Clone)]
+pub struct Logged {
+    /// Its place.
+    pub position: i64,
+    /// The event, with `dataversion` and `datacontenttype` among its attributes.
+    pub message: Message,
+    /// Why it cannot be published, for rows that a plain INSERT made wrong (headers that are no object of texts).
+    pub defect: Option<String>,
+}
+
+/// How full the waiting room is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Waiting {
+    /// Events of the scope.
+    pub total: u64,
+    /// Events of its longest line.
+    pub longest: u64,
+}
+
+/// One transaction of a consumer, in which handlers write.
+#[async_trait]
+pub trait Unit: Send {
+    /// The handler's connection; none in the simulation.
+    fn connection(&mut self) -> Option<Connection<'_>>;
+
+    /// For each message, whether it must wait because its key has a line, or because it waits itself.
+    async fn blocked(&mut self, messages: &[&Message]) -> Result<Vec<bool>>;
+
+    /// Begins an event: what follows is undone by [`Unit::undo`].
+    async fn savepoint(&mut self) -> Result<()>;
+
+    /// Undoes the event.
+    async fn undo(&mut self) -> Result<()>;
+
+    /// Ends the event. An error means that the handler ended the transaction itself.
+    async fn keep(&mut self) -> Result<()>;
+
+    /// Writes the inbox row of an event that is being applied; false if the inbox has it (applied or dead).
+    async fn remember(&mut self, message: &Message) -> Result<bool>;
+
+    /// Lets an event wait (idempotent).
+    async fn defer(&mut self, event: &Deferral) -> Result<()>;
+
+    /// Gives an event up: dead letter and inbox row (`dead`) together, whether it waited or not.
+    async fn bury(&mut self, event: &DeadLetter) -> Result<()>;
+
+    /// Ends one attempt of a line's head ([`Resolution::Dead`] also writes the inbox row).
+    async fn resolve(&mut self, id: &LineId, resolution: &Resolution) -> Result<()>;
+
+    /// Proves the lease and commits. After an error the outcome is unknown: run again, the inbox knows.
+    async fn commit(self: Box<Self>, lease: &Lease, term: LeaseTerm) -> Result<()>;
+
+    /// Undoes everything.
+    async fn rollback(self: Box<Self>) -> Result<()>;
+}
+
+/// A duration as whole milliseconds for a statement.
+pub(crate) fn millis(d: Duration) -> i64 {
+    i64::try_from(d.as_millis()).unwrap_or(i64::MAX)
+}

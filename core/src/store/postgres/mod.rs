@@ -1,0 +1,3 @@
+//! PostgreSQL.
+use std::marker::PhantomData;
+pub(crate) struct Postgres(PhantomData<()>);

@@ -1,0 +1,3 @@
+//! SQLite.
+use std::marker::PhantomData;
+pub(crate) struct Sqlite(PhantomData<()>);
