@@ -29,6 +29,29 @@ pub enum Connection<'a> {
     Sqlite(&'a mut sqlx::SqliteConnection),
 }
 
+impl Connection<'_> {
+    /// The same connection for a shorter time.
+    pub fn reborrow(&mut self) -> Connection<'_> {
+        match self {
+            #[cfg(feature = "postgres")]
+            Self::Postgres(c) => Connection::Postgres(c),
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(c) => Connection::Sqlite(c),
+        }
+    }
+
+    /// Whether sqlx has begun a transaction on it.
+    #[must_use]
+    pub fn is_in_transaction(&self) -> bool {
+        match self {
+            #[cfg(feature = "postgres")]
+            Self::Postgres(c) => sqlx::Connection::is_in_transaction(&**c),
+            #[cfg(feature = "sqlite")]
+            Self::Sqlite(c) => sqlx::Connection::is_in_transaction(&**c),
+        }
+    }
+}
+
 /// A database that holds, or shall hold, the engine's tables. Cheap to clone.
 ///
 /// Made from a pool, `Database::from(&pool)`, with the tables in schema `pillarbox` (PostgreSQL) or with the prefix

@@ -25,6 +25,8 @@ pub enum Kind {
     Configuration,
     /// The broker; see the source.
     Transport,
+    /// A task of the engine panicked: a fault of the engine.
+    Panicked,
 }
 
 /// The engine's error: kind, the operation under way, what it was about, and the native source.

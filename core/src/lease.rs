@@ -1,12 +1,14 @@
 //! A row with owner, epoch and expiry, on the database's clock. It alone assigns work; whoever moves a cursor or commits
 //! an effect proves it in the same transaction.
 
-use std::{fmt, time::Duration};
+use std::{fmt, sync::Arc, time::Duration};
 
 use pillarbox_transport::Source;
+use tokio::{sync::watch, task::AbortHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::cursor::Progress;
+use crate::{cursor::Progress, error::Kind, store::Store};
 
 /// What a lease is for. A lease on something with a cursor lives in the cursor's row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -122,4 +124,86 @@ impl Default for LeaseTerm {
     fn default() -> Self {
         Self(Duration::from_secs(10))
     }
+}
+
+/// Renews a lease from a task of its own, and says when it must no longer be trusted.
+#[derive(Debug)]
+pub(crate) struct Keeper {
+    lost: CancellationToken,
+    renewed: watch::Sender<Instant>,
+    task: AbortHandle,
+}
+
+impl Keeper {
+    /// `acquired` is the moment before the acquisition was sent: the database's clock started no earlier.
+    pub(crate) fn start(
+        store: Arc<dyn Store>,
+        lease: Lease,
+        term: LeaseTerm,
+        acquired: Instant,
+    ) -> Self {
+        let lost = CancellationToken::new();
+        let renewed = watch::Sender::new(acquired);
+        let keep = keep(store, lease, term, renewed.clone(), lost.clone());
+        Self {
+            lost,
+            renewed,
+            task: tokio::spawn(keep).abort_handle(),
+        }
+    }
+
+    /// Another statement, sent at `sent`, renewed the lease too.
+    pub(crate) fn renewed(&self, sent: Instant) {
+        self.renewed.send_if_modified(|at| {
+            let later = sent > *at;
+            *at = (*at).max(sent);
+            later
+        });
+    }
+
+    /// Resolves when the lease is lost, or could be: whoever holds it stops at once.
+    pub(crate) fn lost(&self) -> &CancellationToken {
+        &self.lost
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn keep(
+    store: Arc<dyn Store>,
+    lease: Lease,
+    term: LeaseTerm,
+    renewed: watch::Sender<Instant>,
+    lost: CancellationToken,
+) {
+    let mut seen = renewed.subscribe();
+    let mut retry_at = None;
+    loop {
+        let sent = *seen.borrow_and_update();
+        let deadline = sent + term.trusted();
+        let due = retry_at.take().unwrap_or(sent + term.renewal());
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep_until(deadline) => break,
+            _ = seen.changed() => continue,
+            () = tokio::time::sleep_until(due) => {}
+        }
+        let sent = Instant::now();
+        let renewal = tokio::time::timeout_at(deadline, store.renew(&lease, term)).await;
+        match renewal {
+            Ok(Ok(())) => drop(renewed.send_if_modified(|at| {
+                *at = (*at).max(sent);
+                true
+            })),
+            Ok(Err(e)) if e.kind() == Kind::LeaseLost => break,
+            // Away or busy: go on trying until it can no longer be trusted.
+            Ok(Err(_)) => retry_at = Some(Instant::now() + term.term() / 40),
+            Err(_) => break,
+        }
+    }
+    lost.cancel();
 }

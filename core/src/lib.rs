@@ -1,15 +1,26 @@
 //! The engine of Pillarbox. Use it through the package `pillarbox`.
 
+mod backoff;
 pub mod connection;
+pub mod consumer;
 pub mod cursor;
 pub mod error;
 mod event;
 pub mod failure;
 pub mod lease;
+mod outbox;
+mod running;
+pub mod relay;
 #[doc(hidden)]
 pub mod store;
+mod wake;
+pub mod window;
 
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
+pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Failure, Handler};
 pub use error::{Error, Kind, Result};
 pub use event::{Event, Key};
+pub use outbox::{InTransaction, Insert, Outbox, Param};
 pub use pillarbox_transport as transport;
+pub use relay::RelaySettings;
+pub use running::{Health, Running};

@@ -1,0 +1,294 @@
+//! The consumer's side of an event's way: subscription, inbox, handler, one transaction.
+//!
+//! Never acknowledges what is not committed, never requeues, and never lets broker exclusivity stand in for its lease.
+
+mod apply;
+mod handler;
+mod pump;
+mod worker;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    future::Future,
+    marker::PhantomData,
+    sync::Arc,
+    time::Duration,
+};
+
+use pillarbox_transport::{Binding, Message, Source, Transport};
+use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+pub(crate) use handler::Next;
+use handler::{AnyHandler, Typed};
+pub use handler::{Context, Delivery, Failure, Handler};
+
+use crate::{
+    backoff::Backoff,
+    connection::Database,
+    error::{Error, Kind, Result},
+    event::Event,
+    failure::Retry,
+    lease::LeaseTerm,
+    outbox::Outbox,
+    running::{Report, Running},
+    store::Store,
+};
+
+/// Bounds and rhythms of a consumer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsumerSettings {
+    /// How long its leases last. Defaults to 10 s.
+    pub lease: LeaseTerm,
+    /// Most events in one transaction. Defaults to 100.
+    pub batch: usize,
+    /// Most deferred events of the group; at it, the source waits. Defaults to 10,000.
+    pub deferred: u64,
+    /// Most deferred events of one key; at it, the source waits. Defaults to 1,000.
+    pub deferred_per_key: u64,
+    /// How long a stop waits for the transaction under way. Defaults to 25 s.
+    pub drain: Duration,
+}
+
+impl Default for ConsumerSettings {
+    fn default() -> Self {
+        Self {
+            lease: LeaseTerm::default(),
+            batch: 100,
+            deferred: 10_000,
+            deferred_per_key: 1_000,
+            drain: Duration::from_secs(25),
+        }
+    }
+}
+
+/// A check of payloads before their handler sees them, such as a JSON Schema: the reason if one does not fit.
+pub type PayloadCheck = dyn Fn(&Message) -> Result<(), String> + Send + Sync;
+
+/// Applies each event of its topics once, in order for each key.
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use pillarbox_core::{Consumer, Context, Delivery, Event, Failure, Handler, transport::Transport};
+/// # #[derive(serde::Deserialize)] struct OrderPlaced { order: String }
+/// # impl Event for OrderPlaced { const TYPE: &'static str = "shop.order.placed"; const TOPIC: &'static str = "shop.events"; }
+/// # struct Mark;
+/// # impl Handler<OrderPlaced> for Mark { async fn handle(&self, _: Delivery<OrderPlaced>, _: &mut Context<'_>) -> Result<(), Failure> { Ok(()) } }
+/// # async fn f(pool: sqlx::PgPool, transport: Arc<dyn Transport>) -> pillarbox_core::Result<()> {
+/// let consumer = Consumer::new(&pool, transport, "billing").on::<OrderPlaced>(Mark).spawn();
+/// // …
+/// consumer.shutdown().await
+/// # }
+/// ```
+#[must_use = "a consumer does nothing until it runs"]
+pub struct Consumer {
+    core: Core,
+    sources: Option<Vec<Source>>,
+}
+
+/// What the tasks of a consumer share.
+#[derive(Clone)]
+struct Core {
+    store: Arc<dyn Store>,
+    transport: Arc<dyn Transport>,
+    group: Arc<str>,
+    handlers: Arc<HashMap<&'static str, Registered>>,
+    check: Option<Arc<PayloadCheck>>,
+    outbox: Outbox,
+    settings: Arc<ConsumerSettings>,
+    retry: Arc<Retry>,
+    report: Report,
+    /// A line was made, or grew: the pump looks.
+    deferred: Arc<Notify>,
+}
+
+#[derive(Clone)]
+struct Registered {
+    topic: &'static str,
+    versions: BTreeMap<u32, Arc<dyn AnyHandler>>,
+}
+
+impl Consumer {
+    /// A consumer of `group`, with inbox, cursors and exceptions in the database that its handlers write to.
+    pub fn new(
+        database: impl Into<Database>,
+        transport: Arc<dyn Transport>,
+        group: impl Into<String>,
+    ) -> Self {
+        let database = database.into();
+        let core = Core {
+            store: database.store().clone(),
+            transport,
+            group: group.into().into(),
+            handlers: Arc::default(),
+            check: None,
+            outbox: Outbox::new(database),
+            settings: Arc::default(),
+            retry: Arc::default(),
+            report: Report::new().0,
+            deferred: Arc::default(),
+        };
+        Self {
+            core,
+            sources: None,
+        }
+    }
+
+    /// Handles the events of one type and version. A later handler for the same replaces an earlier one.
+    pub fn on<E>(mut self, handler: impl Handler<E>) -> Self
+    where
+        E: Event + DeserializeOwned + Send + 'static,
+    {
+        let any: Arc<dyn AnyHandler> = Arc::new(Typed {
+            handler,
+            event: PhantomData,
+        });
+        let handlers = Arc::make_mut(&mut self.core.handlers);
+        let registered = handlers.entry(E::TYPE).or_insert_with(|| Registered {
+            topic: E::TOPIC,
+            versions: BTreeMap::new(),
+        });
+        registered.versions.insert(E::VERSION, any);
+        self
+    }
+
+    /// Checks each payload before its handler: one that does not fit becomes a dead letter with the check's reason.
+    pub fn check(
+        mut self,
+        check: impl Fn(&Message) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        self.core.check = Some(Arc::new(check));
+        self
+    }
+
+    /// Events that handlers enqueue are seen at once by the relays of this outbox.
+    pub fn outbox(mut self, outbox: &Outbox) -> Self {
+        self.core.outbox = outbox.clone();
+        self
+    }
+
+    /// With other bounds.
+    pub fn settings(mut self, settings: ConsumerSettings) -> Self {
+        self.core.settings = Arc::new(settings);
+        self
+    }
+
+    /// With another retry schedule.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.core.retry = Arc::new(retry);
+        self
+    }
+
+    /// Makes the group known to the broker now, rather than when it runs: a relay on the `memory` transport starts
+    /// after all groups of its process are bound. Tries once.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] without any handler; [`Kind::NotMigrated`]; the transport's, which names a type that the
+    /// group's queue does not receive.
+    pub async fn bind(&mut self) -> Result<()> {
+        if self.sources.is_some() {
+            return Ok(());
+        }
+        if self.core.handlers.is_empty() {
+            return Err(Error::new(
+                Kind::Invalid,
+                "bind",
+                format!("group {:?} has no handler", self.core.group),
+            ));
+        }
+        self.core.store.partitions().await?;
+        let mut topics = BTreeMap::<&str, Vec<String>>::new();
+        for (kind, registered) in self.core.handlers.iter() {
+            topics
+                .entry(registered.topic)
+                .or_default()
+                .push((*kind).to_owned());
+        }
+        let mut sources = Vec::new();
+        for (topic, mut kinds) in topics {
+            kinds.sort();
+            let binding = Binding {
+                topic: topic.to_owned(),
+                group: self.core.group.to_string(),
+                kinds,
+            };
+            sources.extend(self.core.transport.bind(&binding).await?);
+        }
+        self.sources = Some(sources);
+        Ok(())
+    }
+
+    /// Runs until `stop` resolves, then finishes the transactions under way.
+    ///
+    /// Waits for a database or broker that is away, for as long as it takes.
+    ///
+    /// # Errors
+    /// What nobody but a person can mend: no schema, bad credentials, a topology that contradicts the broker's.
+    pub async fn run_until(self, stop: impl Future<Output = ()> + Send) -> Result<()> {
+        let token = CancellationToken::new();
+        let run = self.run(token.clone());
+        tokio::pin!(run, stop);
+        tokio::select! {
+            biased;
+            result = &mut run => return result,
+            () = &mut stop => token.cancel(),
+        }
+        run.await
+    }
+
+    /// Runs in a task of its own.
+    pub fn spawn(mut self) -> Running {
+        let (report, health) = Report::new();
+        self.core.report = report;
+        let stop = CancellationToken::new();
+        Running::new(stop.clone(), health, self.run(stop))
+    }
+
+    async fn run(mut self, stop: CancellationToken) -> Result<()> {
+        let mut backoff = Backoff::connection();
+        while let Err(e) = self.bind().await {
+            if !e.is_temporary() {
+                return Err(e);
+            }
+            if self.core.report.trouble(Some(e.to_string())) {
+                tracing::warn!(group = %self.core.group, error = %e, "consumer waits");
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(backoff.step()) => {}
+            }
+        }
+        let sources = self.sources.unwrap_or_default();
+        self.core.report.expect(sources.len());
+        let mut tasks = tokio::task::JoinSet::new();
+        for source in sources {
+            tasks.spawn(worker::run(self.core.clone(), source, stop.clone()));
+        }
+        tasks.spawn(pump::run(self.core.clone(), stop.clone()));
+        let mut result = Ok(());
+        while let Some(joined) = tasks.join_next().await {
+            let ended = joined.unwrap_or_else(|e| {
+                Err(
+                    Error::new(Kind::Panicked, "consume", "a task of the consumer panicked")
+                        .caused_by(e),
+                )
+            });
+            if ended.is_err() && result.is_ok() {
+                // One that cannot go on stops all: a half-working consumer looks healthy.
+                stop.cancel();
+                result = ended;
+            }
+        }
+        result
+    }
+}
+
+impl std::fmt::Debug for Consumer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Consumer")
+            .field("group", &self.core.group)
+            .finish_non_exhaustive()
+    }
+}

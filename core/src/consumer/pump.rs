@@ -1,0 +1,244 @@
+//! The group's deferred lines: one owner by a lease of its own, so that a line goes on whichever source its key comes
+//! from. Also sends the broker its copies of dead letters.
+
+use std::{collections::HashMap, time::Duration};
+
+use pillarbox_transport::Publisher;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Core,
+    apply::{Incoming, Undone, apply},
+};
+use crate::{
+    backoff::Backoff,
+    error::{Error, Kind, Result},
+    failure::{Line, LineId},
+    lease::{Keeper, Lease, LeaseKey},
+};
+
+/// Looks at least this often: another process may have deferred something.
+const POLL: Duration = Duration::from_secs(1);
+/// Lines looked at, and events of a line applied, at a time.
+const BATCH: u32 = 100;
+
+pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
+    let key = LeaseKey::Duty {
+        kind: "pump",
+        scope: core.group.to_string(),
+        shard: 0,
+    };
+    let mut backoff = Backoff::connection();
+    while !stop.is_cancelled() {
+        let sent = Instant::now();
+        let wait = match core.store.acquire(&key, core.settings.lease).await {
+            Ok(Some(acquired)) => {
+                let lease = acquired.lease;
+                let keeper =
+                    Keeper::start(core.store.clone(), lease.clone(), core.settings.lease, sent);
+                let ended = tokio::select! {
+                    biased;
+                    () = keeper.lost().cancelled() => Ok(()),
+                    ended = pump(&core, &lease, &keeper, &stop) => ended,
+                };
+                drop(keeper);
+                let released = core.store.release(&lease).await;
+                match ended.and(released) {
+                    Ok(()) => {
+                        backoff.reset();
+                        Duration::ZERO
+                    }
+                    Err(e) => core.waits(e, &mut backoff)?,
+                }
+            }
+            Ok(None) => core.settings.lease.renewal() / 2,
+            Err(e) => core.waits(e, &mut backoff)?,
+        };
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(wait) => {}
+        }
+    }
+    Ok(())
+}
+
+async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationToken) -> Result<()> {
+    let mut copies = Copies::default();
+    loop {
+        let mut next = POLL;
+        for line in core.store.lines(lease, BATCH).await? {
+            if stop.is_cancelled() {
+                return Ok(());
+            }
+            if line.due_in.is_zero() {
+                let sent = Instant::now();
+                if drain_line(core, lease, &line).await? {
+                    next = Duration::ZERO;
+                }
+                keeper.renewed(sent);
+            } else {
+                next = next.min(line.due_in);
+            }
+        }
+        next = next.min(copies.send(core, lease).await?);
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Ok(()),
+            () = core.deferred.notified() => {}
+            () = tokio::time::sleep(next) => {}
+        }
+    }
+}
+
+/// Applies the due events at the head of a line, in order. True if there may be more at once.
+async fn drain_line(core: &Core, lease: &Lease, line: &Line) -> Result<bool> {
+    let waiting = core
+        .store
+        .line(lease, line.key.as_ref(), &line.head, BATCH)
+        .await?;
+    let events: Vec<Incoming> = waiting
+        .into_iter()
+        .take_while(|e| e.due_in.is_zero())
+        .map(|e| {
+            let line = Some(e.line_id());
+            Incoming {
+                message: e.message,
+                defect: None,
+                attempts: e.attempts,
+                line,
+            }
+        })
+        .collect();
+    match apply(core, lease, &events, true, None).await {
+        Ok(applied) => return Ok(!applied.waits),
+        Err(Undone::Alone(reason)) => {
+            tracing::debug!(group = %core.group, %reason, "a line goes on event by event");
+        }
+        Err(undone) => return waits(core, lease, undone),
+    }
+    // Only its head, and if that took too long even alone, that is its attempt.
+    let Some(head) = events.first().map(std::slice::from_ref) else {
+        return Ok(false);
+    };
+    match apply(core, lease, head, true, None).await {
+        Ok(applied) => Ok(!applied.waits),
+        Err(Undone::Alone(reason)) if !reason.is_empty() => {
+            match apply(core, lease, head, true, Some(&reason)).await {
+                Ok(applied) => Ok(!applied.waits),
+                Err(undone) => waits(core, lease, undone),
+            }
+        }
+        Err(undone) => waits(core, lease, undone),
+    }
+}
+
+fn waits(core: &Core, lease: &Lease, undone: Undone) -> Result<bool> {
+    match undone {
+        Undone::Away(e) => Err(e),
+        Undone::Fenced => Err(Error::new(
+            Kind::LeaseLost,
+            "pump",
+            format!("another owner has {}", lease.key),
+        )),
+        Undone::Alone(_) => Ok(false),
+        Undone::Unavailable(reason) => {
+            if core.report.trouble(Some(reason.clone())) {
+                tracing::warn!(group = %core.group, %reason, "a line waits");
+            }
+            Ok(false)
+        }
+    }
+}
+
+/// Sends the broker's copies of dead letters from their rows: at least once, after the fact, never in the way.
+#[derive(Default)]
+struct Copies {
+    publishers: HashMap<String, Box<dyn Publisher>>,
+    backoff: Option<Backoff>,
+    not_before: Option<Instant>,
+}
+
+impl Copies {
+    async fn send(&mut self, core: &Core, lease: &Lease) -> Result<Duration> {
+        if let Some(wait) = self
+            .not_before
+            .and_then(|t| t.checked_duration_since(Instant::now()))
+        {
+            return Ok(wait);
+        }
+        let mut by_topic = HashMap::<String, Vec<_>>::new();
+        for dead in core.store.uncopied(&core.group, BATCH).await? {
+            by_topic
+                .entry(dead.message.topic.clone())
+                .or_default()
+                .push(dead);
+        }
+        for (topic, dead) in by_topic {
+            let ids: Vec<LineId> = dead
+                .iter()
+                .map(|d| (d.message.source().to_owned(), d.message.id.clone()))
+                .collect();
+            let messages = dead.into_iter().map(|d| {
+                // The reason travels with the copy; control characters do not.
+                let reason: String = d
+                    .reason
+                    .chars()
+                    .filter(|c| !c.is_control())
+                    .take(1_000)
+                    .collect();
+                d.message.with_attribute("pillarboxreason", reason)
+            });
+            match self.publish(core, &topic, messages.collect()).await {
+                Ok(stored) => {
+                    let ids: Vec<LineId> = ids
+                        .into_iter()
+                        .zip(stored)
+                        .filter(|(_, s)| *s)
+                        .map(|(id, _)| id)
+                        .collect();
+                    core.store.copied(lease, &ids).await?;
+                    (self.backoff, self.not_before) = (None, None);
+                }
+                Err(e) => {
+                    tracing::debug!(group = %core.group, error = %e, "copies of dead letters wait");
+                    self.publishers.remove(&topic);
+                    let wait = self.backoff.get_or_insert_with(Backoff::connection).step();
+                    self.not_before = Some(Instant::now() + wait);
+                    return Ok(wait);
+                }
+            }
+        }
+        Ok(POLL)
+    }
+
+    /// Which of them the broker has, or will never take.
+    async fn publish(
+        &mut self,
+        core: &Core,
+        topic: &str,
+        messages: Vec<pillarbox_transport::Message>,
+    ) -> Result<Vec<bool>, pillarbox_transport::Error> {
+        use pillarbox_transport::Outcome;
+        if !self.publishers.contains_key(topic) {
+            let publisher = core.transport.dead_letters(topic, &core.group).await?;
+            self.publishers.insert(topic.to_owned(), publisher);
+        }
+        let Some(publisher) = self.publishers.get(topic) else {
+            return Ok(Vec::new());
+        };
+        let mut stored = Vec::new();
+        for outcome in publisher.publish(messages).await {
+            stored.push(match outcome {
+                Outcome::Stored => true,
+                Outcome::Rejected(e) => {
+                    tracing::warn!(group = %core.group, error = %e, "the broker takes no copy of a dead letter; its row has it");
+                    true
+                }
+                Outcome::Unknown(e) | Outcome::Unavailable(e) | Outcome::Retry(e) => return Err(e),
+            });
+        }
+        Ok(stored)
+    }
+}

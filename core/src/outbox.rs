@@ -1,0 +1,434 @@
+//! Where an event's way begins: one INSERT in the application's own transaction.
+
+use std::sync::Arc;
+
+use pillarbox_transport::{Limits, Message};
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::{
+    connection::{Connection, Database},
+    error::{Error, Kind, Result},
+    event::Event,
+    wake::Wake,
+};
+
+/// Writes events into the application's own transaction. Cheap to clone; fits an axum state.
+///
+/// Order: a position is drawn at the INSERT. Writers of one key stay in commit order if they lock something of that key
+/// (its row) before they enqueue.
+///
+/// ```no_run
+/// # use pillarbox_core::{Event, Outbox};
+/// # #[derive(serde::Serialize)] struct OrderPlaced { order: u32 }
+/// # impl Event for OrderPlaced { const TYPE: &'static str = "shop.order.placed"; const TOPIC: &'static str = "shop.events"; }
+/// # async fn f(pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+/// let outbox = Outbox::new(&pool);
+/// let mut tx = pool.begin().await?;
+/// // … the application's own writes …
+/// outbox.enqueue(&mut tx, &OrderPlaced { order: 7 }).await?;
+/// tx.commit().await?;
+/// outbox.wake();
+/// # Ok(()) }
+/// ```
+#[derive(Clone)]
+pub struct Outbox {
+    database: Database,
+    limits: Limits,
+    attributes: Vec<(String, String)>,
+    statements: Arc<Statements>,
+    wake: Wake,
+}
+
+struct Statements {
+    one: String,
+    #[cfg(feature = "postgres")]
+    many: String,
+}
+
+impl Outbox {
+    /// An outbox in this database, with the default [`Limits`].
+    #[must_use]
+    pub fn new(database: impl Into<Database>) -> Self {
+        let database = database.into();
+        let statements = Arc::new(Statements::new(&database));
+        Self {
+            database,
+            limits: Limits::default(),
+            attributes: Vec::new(),
+            statements,
+            wake: Wake::new(),
+        }
+    }
+
+    /// With other limits for payloads, keys and headers.
+    #[must_use]
+    pub fn with_limits(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// A clone that gives each event this CloudEvents attribute unless it has one: `correlationid`, `causationid`, `traceparent`, `source`.
+    #[must_use]
+    pub fn with_attribute(&self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        let mut outbox = self.clone();
+        let name = name.into();
+        outbox.attributes.retain(|(n, _)| *n != name);
+        outbox.attributes.push((name, value.into()));
+        outbox
+    }
+
+    /// Writes one event, as JSON. Answers its id (UUIDv7).
+    ///
+    /// All checks run before the statement, so a refused event leaves the transaction usable.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] and [`Kind::TooLarge`] name what is wrong with the event, or that no transaction is open on
+    /// the connection; else the database's own, after which the transaction is the database's to judge.
+    pub async fn enqueue<E: Event + Serialize>(
+        &self,
+        tx: impl InTransaction,
+        event: &E,
+    ) -> Result<Uuid> {
+        let (id, message) = self.message(event)?;
+        self.write(tx, vec![message]).await?;
+        Ok(id)
+    }
+
+    /// Writes many events in one statement (SQLite: in one call). Answers their ids.
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`]; if one event is refused, none is written.
+    pub async fn enqueue_all<E: Event + Serialize>(
+        &self,
+        tx: impl InTransaction,
+        events: &[E],
+    ) -> Result<Vec<Uuid>> {
+        let all = events
+            .iter()
+            .map(|e| self.message(e))
+            .collect::<Result<Vec<_>>>()?;
+        let (ids, messages) = all.into_iter().unzip();
+        self.write(tx, messages).await?;
+        Ok(ids)
+    }
+
+    /// Writes a message of any content. Its id must be a UUID; its time is the database's.
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`].
+    pub async fn enqueue_message(&self, tx: impl InTransaction, message: Message) -> Result<()> {
+        self.write(tx, vec![message]).await
+    }
+
+    /// The statement that [`Outbox::enqueue_message`] would run, for any other driver.
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`], but for the transaction, which is not seen.
+    pub fn insert(&self, message: &Message) -> Result<Insert<'_>> {
+        let row = self.row(message)?;
+        Ok(Insert {
+            sql: &self.statements.one,
+            params: row.into(),
+        })
+    }
+
+    /// Tells the relays of this process that a transaction has committed. Optional: they look by themselves.
+    pub fn wake(&self) {
+        self.wake.committed();
+    }
+
+    /// The database it writes to.
+    #[must_use]
+    pub fn database(&self) -> &Database {
+        &self.database
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    pub(crate) fn waker(&self) -> &Wake {
+        &self.wake
+    }
+
+    fn message<E: Event + Serialize>(&self, event: &E) -> Result<(Uuid, Message)> {
+        let payload = serde_json::to_vec(event).map_err(|e| {
+            Error::new(
+                Kind::Invalid,
+                "enqueue",
+                format!("{} cannot be written as JSON", E::TYPE),
+            )
+            .caused_by(e)
+        })?;
+        let id = Uuid::now_v7();
+        let mut message = Message::new(id.to_string(), E::TOPIC, E::TYPE, payload)
+            .with_attribute("datacontenttype", "application/json")
+            .with_attribute("dataversion", E::VERSION.to_string());
+        message.key = event.key().map(Into::into);
+        Ok((id, message))
+    }
+
+    async fn write(&self, mut tx: impl InTransaction, messages: Vec<Message>) -> Result<()> {
+        let rows = messages
+            .iter()
+            .map(|m| self.row(m))
+            .collect::<Result<Vec<_>>>()?;
+        let mut connection = tx.connection();
+        if !connection.is_in_transaction() {
+            let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
+            return Err(Error::new(Kind::Invalid, "enqueue", text));
+        }
+        self.statements
+            .run(&mut connection, rows)
+            .await
+            .map_err(|e| Error::database("enqueue", e))?;
+        self.wake.enqueued();
+        Ok(())
+    }
+
+    fn row(&self, message: &Message) -> Result<Row> {
+        let mut message = message.clone();
+        for (name, value) in &self.attributes {
+            message
+                .attributes
+                .entry(name.clone())
+                .or_insert_with(|| value.clone());
+        }
+        self.limits.check(&message)?;
+        if Uuid::try_parse(&message.id).is_err() {
+            let text = format!("the id {:?} is no UUID", message.id);
+            return Err(Error::new(Kind::Invalid, "enqueue", text));
+        }
+        let Some(version) = message.version() else {
+            let text = "the attribute dataversion must be a whole number from 0 to 4294967295";
+            return Err(Error::new(Kind::Invalid, "enqueue", text));
+        };
+        message.attributes.remove("dataversion");
+        let content_type = message.attributes.remove("datacontenttype");
+        let json = |map: &std::collections::BTreeMap<String, String>| {
+            serde_json::to_string(map)
+                .map_err(|e| Error::new(Kind::Invalid, "enqueue", "headers").caused_by(e))
+        };
+        Ok(Row {
+            headers: (!message.headers.is_empty())
+                .then(|| json(&message.headers))
+                .transpose()?,
+            attributes: (!message.attributes.is_empty())
+                .then(|| json(&message.attributes))
+                .transpose()?,
+            topic: message.topic,
+            kind: message.kind,
+            key: message.key,
+            payload: message.payload.map(|p| p.to_vec()),
+            content_type,
+            id: message.id,
+            version: i64::from(version),
+        })
+    }
+}
+
+impl std::fmt::Debug for Outbox {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Outbox")
+            .field("database", &self.database)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One row of the log, as the contract's columns.
+struct Row {
+    topic: String,
+    kind: String,
+    key: Option<String>,
+    payload: Option<Vec<u8>>,
+    content_type: Option<String>,
+    headers: Option<String>,
+    id: String,
+    version: i64,
+    attributes: Option<String>,
+}
+
+/// A statement for any driver.
+#[derive(Debug)]
+pub struct Insert<'a> {
+    /// With numbered parameters.
+    pub sql: &'a str,
+    /// In the order of their numbers.
+    pub params: Vec<Param>,
+}
+
+/// A parameter of [`Insert`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Param {
+    /// A text or NULL.
+    Text(Option<String>),
+    /// A 64-bit number or NULL.
+    Bigint(Option<i64>),
+    /// Bytes or NULL.
+    Bytea(Option<Vec<u8>>),
+}
+
+impl From<Row> for Vec<Param> {
+    fn from(row: Row) -> Self {
+        vec![
+            Param::Text(Some(row.topic)),
+            Param::Text(Some(row.kind)),
+            Param::Text(row.key),
+            Param::Bytea(row.payload),
+            Param::Text(row.content_type),
+            Param::Text(row.headers),
+            Param::Text(Some(row.id)),
+            Param::Bigint(Some(row.version)),
+            Param::Text(row.attributes),
+        ]
+    }
+}
+
+/// The contract's columns of one row, in order, onto a query of either database.
+macro_rules! bind {
+    ($query:expr, $row:expr) => {
+        $query
+            .bind($row.topic)
+            .bind($row.kind)
+            .bind($row.key)
+            .bind($row.payload)
+            .bind($row.content_type)
+            .bind($row.headers)
+            .bind($row.id)
+            .bind($row.version)
+            .bind($row.attributes)
+    };
+}
+
+const COLUMNS: &str = "topic, type, key, payload, content_type, headers, id, version, attributes";
+
+impl Statements {
+    fn new(database: &Database) -> Self {
+        let schema = database.store().schema();
+        match database.pool() {
+            #[cfg(feature = "postgres")]
+            Some(crate::Pool::Postgres(_)) => Self {
+                one: format!(
+                    "INSERT INTO \"{schema}\".outbox ({COLUMNS}) VALUES ($1::text, $2::text, $3::text, $4::bytea, \
+                     $5::text, $6::text::jsonb, $7::text::uuid, $8::bigint::int, $9::text::jsonb)"
+                ),
+                // With ORDINALITY, because positions are drawn in the order of the rows.
+                many: format!(
+                    "INSERT INTO \"{schema}\".outbox ({COLUMNS}) SELECT a, b, c, d, e, f::jsonb, g::uuid, h::int, i::jsonb \
+                     FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::text[], $7::text[], \
+                     $8::bigint[], $9::text[]) WITH ORDINALITY AS r (a, b, c, d, e, f, g, h, i, n) ORDER BY n"
+                ),
+            },
+            _ => Self {
+                one: format!(
+                    "INSERT INTO \"{schema}_outbox\" ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+                ),
+                #[cfg(feature = "postgres")]
+                many: String::new(),
+            },
+        }
+    }
+
+    async fn run(&self, connection: &mut Connection<'_>, rows: Vec<Row>) -> sqlx::Result<()> {
+        match connection {
+            #[cfg(feature = "postgres")]
+            Connection::Postgres(c) => match <[Row; 1]>::try_from(rows) {
+                Ok([row]) => {
+                    let query = sqlx::query(sqlx::AssertSqlSafe(self.one.as_str()));
+                    bind!(query, row).execute(&mut **c).await.map(drop)
+                }
+                Err(rows) => self.run_many(c, rows).await,
+            },
+            #[cfg(feature = "sqlite")]
+            Connection::Sqlite(c) => {
+                for row in rows {
+                    let query = sqlx::query(sqlx::AssertSqlSafe(self.one.as_str()));
+                    bind!(query, row).execute(&mut **c).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    #[cfg(feature = "postgres")]
+    async fn run_many(
+        &self,
+        connection: &mut sqlx::PgConnection,
+        rows: Vec<Row>,
+    ) -> sqlx::Result<()> {
+        if rows.is_empty() {
+            return Ok(());
+        }
+        macro_rules! column {
+            ($field:ident) => {
+                rows.iter().map(|r| r.$field.clone()).collect::<Vec<_>>()
+            };
+        }
+        sqlx::query(sqlx::AssertSqlSafe(self.many.as_str()))
+            .bind(column!(topic))
+            .bind(column!(kind))
+            .bind(column!(key))
+            .bind(column!(payload))
+            .bind(column!(content_type))
+            .bind(column!(headers))
+            .bind(column!(id))
+            .bind(column!(version))
+            .bind(column!(attributes))
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
+
+/// A connection inside a transaction: `&mut` of a sqlx transaction, of a connection on which sqlx has begun one, or a
+/// handler's [`Connection`].
+#[diagnostic::on_unimplemented(
+    message = "an event is enqueued in the transaction that makes it true, and `{Self}` is none",
+    label = "expected `&mut` of a sqlx transaction (or a connection inside one)",
+    note = "begin one: `let mut tx = pool.begin().await?;`, write, then `outbox.enqueue(&mut tx, &event)`"
+)]
+pub trait InTransaction: sealed::Sealed + Send {
+    /// The connection.
+    fn connection(&mut self) -> Connection<'_>;
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+macro_rules! in_transaction {
+    ($feature:literal, $variant:ident, $database:ty, $connection:ty) => {
+        #[cfg(feature = $feature)]
+        impl sealed::Sealed for &mut sqlx::Transaction<'_, $database> {}
+        #[cfg(feature = $feature)]
+        impl InTransaction for &mut sqlx::Transaction<'_, $database> {
+            fn connection(&mut self) -> Connection<'_> {
+                Connection::$variant(self)
+            }
+        }
+        #[cfg(feature = $feature)]
+        impl sealed::Sealed for &mut $connection {}
+        #[cfg(feature = $feature)]
+        impl InTransaction for &mut $connection {
+            fn connection(&mut self) -> Connection<'_> {
+                Connection::$variant(self)
+            }
+        }
+    };
+}
+in_transaction!("postgres", Postgres, sqlx::Postgres, sqlx::PgConnection);
+in_transaction!("sqlite", Sqlite, sqlx::Sqlite, sqlx::SqliteConnection);
+
+impl sealed::Sealed for Connection<'_> {}
+impl InTransaction for Connection<'_> {
+    fn connection(&mut self) -> Connection<'_> {
+        self.reborrow()
+    }
+}
+impl sealed::Sealed for &mut Connection<'_> {}
+impl InTransaction for &mut Connection<'_> {
+    fn connection(&mut self) -> Connection<'_> {
+        self.reborrow()
+    }
+}

@@ -1,0 +1,120 @@
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Kind, Result};
+
+/// What a relay or a consumer says of itself. Trouble with a broker is no reason to take a service out of traffic.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Health {
+    /// Partitions or sources whose lease it holds.
+    pub held: usize,
+    /// Partitions or sources there are.
+    pub of: usize,
+    /// What it waits for, if it waits: the newest trouble, in a sentence.
+    pub trouble: Option<String>,
+}
+
+/// A spawned relay or consumer. A future that ends when it does; dropping it lets it run on.
+#[must_use = "keep it to stop it, or await it"]
+#[derive(Debug)]
+pub struct Running {
+    task: JoinHandle<Result<()>>,
+    stop: CancellationToken,
+    health: watch::Receiver<Health>,
+}
+
+impl Running {
+    pub(crate) fn new(
+        stop: CancellationToken,
+        health: watch::Receiver<Health>,
+        task: impl Future<Output = Result<()>> + Send + 'static,
+    ) -> Self {
+        Self {
+            task: tokio::spawn(task),
+            stop,
+            health,
+        }
+    }
+
+    /// How it is.
+    #[must_use]
+    pub fn health(&self) -> Health {
+        self.health.borrow().clone()
+    }
+
+    /// A view of its health that outlives this handle.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<Health> {
+        self.health.clone()
+    }
+
+    /// Stops taking, finishes what is in flight (within the drain time), hands its leases back.
+    ///
+    /// # Errors
+    /// What ended it.
+    pub async fn shutdown(self) -> Result<()> {
+        self.stop.cancel();
+        self.await
+    }
+
+    /// Ends it at once, as a crash would: leases run out, and what was in flight comes again.
+    pub fn abort(&self) {
+        self.task.abort();
+    }
+}
+
+impl Future for Running {
+    type Output = Result<()>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.task)
+            .poll(cx)
+            .map(|joined| match joined {
+                Ok(result) => result,
+                Err(e) if e.is_cancelled() => Ok(()),
+                Err(e) => Err(
+                    Error::new(Kind::Panicked, "run", "a task of the engine panicked").caused_by(e),
+                ),
+            })
+    }
+}
+
+/// Shared by the tasks of one relay or consumer.
+#[derive(Debug, Clone)]
+pub(crate) struct Report(watch::Sender<Health>);
+
+impl Report {
+    pub(crate) fn new() -> (Self, watch::Receiver<Health>) {
+        let (sender, receiver) = watch::channel(Health::default());
+        (Self(sender), receiver)
+    }
+
+    pub(crate) fn expect(&self, of: usize) {
+        self.0.send_modify(|h| h.of = of);
+    }
+
+    pub(crate) fn held(&self, held: bool) {
+        self.0.send_modify(|h| {
+            h.held = if held {
+                h.held + 1
+            } else {
+                h.held.saturating_sub(1)
+            }
+        });
+    }
+
+    /// Notes a trouble, or that it is over. True if that is a change: worth a line in the log, where a repeat is not.
+    pub(crate) fn trouble(&self, trouble: Option<String>) -> bool {
+        self.0.send_if_modified(|h| {
+            let changed = h.trouble != trouble;
+            h.trouble = trouble;
+            changed
+        })
+    }
+}
