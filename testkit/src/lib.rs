@@ -1,1 +1,10 @@
-//! Placeholder.
+//! What tests of programs built on Pillarbox need besides the programs: real servers and faults between them.
+//!
+//! - [`servers`]: PostgreSQL and RabbitMQ for tests, taken from the environment or started on this machine.
+//!
+//! For tests only: nothing here belongs in a production program, and nothing listens beyond loopback.
+
+#[cfg(unix)]
+mod address;
+#[cfg(unix)]
+pub mod servers;
