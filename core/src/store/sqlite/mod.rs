@@ -1,4 +1,15 @@
-//! SQLite.
+//! The store on SQLite: one writer, one partition, positions in commit order.
+//!
+//! Every write of the engine is one `BEGIN IMMEDIATE` transaction in a task of its own, which runs to its end whatever
+//! becomes of the caller. It never writes on a connection whose `synchronous` is below FULL.
+
+mod failure;
+mod lease;
+mod log;
+mod pool;
+mod row;
+mod schema;
+mod unit;
 
 use async_trait::async_trait;
 use sqlx::SqlitePool;
@@ -12,15 +23,20 @@ use crate::{
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     store::{Gate, Slice, Store, Unit, Waiting},
 };
+use pool::Engine;
 
+/// A SQLite database, tables behind a prefix.
 pub(crate) struct Sqlite {
     host: SqlitePool,
     schema: String,
+    engine: Engine,
 }
 
 impl Sqlite {
+    /// Over the host's pool; `schema` is a checked identifier, without the `_` that follows it.
     pub(crate) fn new(pool: SqlitePool, schema: &str) -> Self {
         Self {
+            engine: Engine::new(pool.clone(), schema),
             host: pool,
             schema: schema.to_owned(),
         }
@@ -28,56 +44,126 @@ impl Sqlite {
 }
 
 #[async_trait]
-#[allow(unused_variables, clippy::unimplemented)]
 impl Store for Sqlite {
     fn pool(&self) -> Option<Pool> {
         Some(Pool::Sqlite(self.host.clone()))
     }
+
     fn schema(&self) -> &str {
         &self.schema
     }
-    async fn migrate(&self, partitions: u16) -> Result<()> {
-        unimplemented!()
+
+    async fn migrate(&self, _partitions: u16) -> Result<()> {
+        self.engine
+            .write("migrate", |tx| Box::pin(schema::migrate(tx)))
+            .await
     }
+
     async fn partitions(&self) -> Result<u16> {
-        unimplemented!()
+        self.engine.warn_if_unsafe(&self.host).await;
+        schema::partitions(&self.engine).await
     }
+
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
-        unimplemented!()
+        let key = key.clone();
+        self.engine
+            .write("acquire lease", move |tx| {
+                Box::pin(async move { lease::acquire(tx, &key, term).await })
+            })
+            .await
     }
+
     async fn renew(&self, lease: &Lease, term: LeaseTerm) -> Result<()> {
-        unimplemented!()
+        let lease = lease.clone();
+        self.engine
+            .write("renew lease", move |tx| {
+                Box::pin(async move { lease::renew(tx, &lease, term).await })
+            })
+            .await
     }
+
     async fn release(&self, lease: &Lease) -> Result<()> {
-        unimplemented!()
+        let lease = lease.clone();
+        self.engine
+            .write("release lease", move |tx| {
+                Box::pin(async move { lease::release(tx, &lease).await })
+            })
+            .await
     }
-    async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice> {
-        unimplemented!()
+
+    async fn read(&self, _partition: u16, from: &Progress, limit: u32) -> Result<Slice> {
+        log::read(&self.engine, from, limit).await
     }
-    async fn flush(&self, lease: &Lease, gate: &Gate) -> Result<()> {
-        unimplemented!()
+
+    async fn flush(&self, lease: &Lease, _gate: &Gate) -> Result<()> {
+        let lease = lease.clone();
+        self.engine
+            .write("flush", move |tx| {
+                Box::pin(async move { lease::touch(tx, &lease).await })
+            })
+            .await
     }
+
     async fn settle(
         &self,
         lease: &Lease,
         progress: &Progress,
         term: LeaseTerm,
-        durable: bool,
+        _durable: bool,
     ) -> Result<()> {
-        unimplemented!()
+        let (lease, last) = (lease.clone(), progress.last);
+        self.engine
+            .write("settle", move |tx| {
+                Box::pin(async move { log::settle(tx, &lease, last, term).await })
+            })
+            .await
     }
+
     async fn settle_source(&self, lease: &Lease, position: u64, term: LeaseTerm) -> Result<()> {
-        unimplemented!()
+        let lease = lease.clone();
+        self.engine
+            .write("settle source", move |tx| {
+                Box::pin(async move { log::settle_source(tx, &lease, position, term).await })
+            })
+            .await
     }
+
     async fn defer(&self, lease: &Lease, events: &[Deferral]) -> Result<()> {
-        unimplemented!()
+        let (lease, events) = (lease.clone(), events.to_vec());
+        self.engine
+            .write("defer", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    let place = failure::Place::of(&lease.key);
+                    for event in &events {
+                        failure::defer(tx, &place, event).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await
     }
+
     async fn bury(&self, lease: &Lease, events: &[DeadLetter]) -> Result<()> {
-        unimplemented!()
+        let (lease, events) = (lease.clone(), events.to_vec());
+        self.engine
+            .write("bury", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    let place = failure::Place::of(&lease.key);
+                    for event in &events {
+                        failure::bury(tx, &place, event).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .await
     }
+
     async fn lines(&self, lease: &Lease, limit: u32) -> Result<Vec<Line>> {
-        unimplemented!()
+        failure::lines(&self.engine, lease, limit).await
     }
+
     async fn line(
         &self,
         lease: &Lease,
@@ -85,21 +171,47 @@ impl Store for Sqlite {
         id: &LineId,
         limit: u32,
     ) -> Result<Vec<Deferred>> {
-        unimplemented!()
+        failure::line(&self.engine, lease, key, id, limit).await
     }
+
     async fn resolve(&self, lease: &Lease, id: &LineId, resolution: &Resolution) -> Result<()> {
-        unimplemented!()
+        let (lease, id, resolution) = (lease.clone(), id.clone(), resolution.clone());
+        self.engine
+            .write("resolve", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    let place = failure::Place::of(&lease.key);
+                    failure::resolve(tx, &place, &id, &resolution).await
+                })
+            })
+            .await
     }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
-        unimplemented!()
+        failure::waiting(&self.engine, side, scope).await
     }
-    async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {
-        unimplemented!()
+
+    async fn begin(&self, group: &str, term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {
+        let tx = self
+            .engine
+            .begin_uncancelled("begin", term.statement())
+            .await?;
+        Ok(Box::new(unit::SqliteUnit::new(tx, group)))
     }
+
     async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>> {
-        unimplemented!()
+        failure::uncopied(&self.engine, group, limit).await
     }
+
     async fn copied(&self, lease: &Lease, ids: &[LineId]) -> Result<()> {
-        unimplemented!()
+        let (lease, ids) = (lease.clone(), ids.to_vec());
+        self.engine
+            .write("note copies", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    failure::copied(tx, &failure::Place::of(&lease.key), &ids).await
+                })
+            })
+            .await
     }
 }

@@ -1,0 +1,125 @@
+//! Messages as columns, and back.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use pillarbox_transport::Message;
+use sqlx::{Row as _, sqlite::SqliteRow};
+
+use crate::store::Logged;
+
+/// The columns of the log, as bytes where a plain INSERT may have put anything.
+pub(super) const LOGGED: &str = "position, CAST(created_at AS INTEGER) AS time, CAST(version AS INTEGER) AS version, \
+     CAST(payload AS BLOB) AS payload, CAST(id AS BLOB) AS id, CAST(topic AS BLOB) AS topic, CAST(type AS BLOB) AS type, \
+     CAST(key AS BLOB) AS key, CAST(content_type AS BLOB) AS content_type, CAST(headers AS BLOB) AS headers, \
+     CAST(attributes AS BLOB) AS attributes";
+
+/// The columns of a message in `deferred` and `dead_letter`.
+pub(super) const MESSAGE: &str = "id, topic, type, key, payload, headers, attributes, time";
+
+/// Microseconds of a duration.
+pub(super) fn micros(d: Duration) -> i64 {
+    i64::try_from(d.as_micros()).unwrap_or(i64::MAX)
+}
+
+/// Microseconds since 1970.
+pub(super) fn instant(time: SystemTime) -> i64 {
+    match time.duration_since(UNIX_EPOCH) {
+        Ok(after) => micros(after),
+        Err(before) => -micros(before.duration()),
+    }
+}
+
+fn time(instant: i64) -> SystemTime {
+    let distance = Duration::from_micros(instant.unsigned_abs());
+    let time = if instant < 0 {
+        UNIX_EPOCH.checked_sub(distance)
+    } else {
+        UNIX_EPOCH.checked_add(distance)
+    };
+    time.unwrap_or(UNIX_EPOCH)
+}
+
+/// A row of the log. What cannot be read becomes the event's defect; it never stops its neighbours.
+pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
+    let mut defect = None;
+    let mut text = |column: &'static str| -> sqlx::Result<Option<String>> {
+        let bytes: Option<Vec<u8>> = row.try_get(column)?;
+        Ok(bytes.map(|b| {
+            String::from_utf8(b).unwrap_or_else(|e| {
+                defect.get_or_insert_with(|| format!("{column} is no UTF-8 text"));
+                String::from_utf8_lossy(e.as_bytes()).into_owned()
+            })
+        }))
+    };
+    let id = text("id")?.unwrap_or_default();
+    let topic = text("topic")?.unwrap_or_default();
+    let kind = text("type")?.unwrap_or_default();
+    let key = text("key")?;
+    let content_type = text("content_type")?;
+    let (headers, attributes) = (text("headers")?, text("attributes")?);
+    let mut map = |column: &str, json: Option<String>| match json.map(|j| object(&j)) {
+        None => BTreeMap::new(),
+        Some(Some(map)) => map,
+        Some(None) => {
+            defect.get_or_insert_with(|| format!("{column} is no JSON object of texts"));
+            BTreeMap::new()
+        }
+    };
+    let headers = map("headers", headers);
+    let mut attributes = map("attributes", attributes);
+    let version: i64 = row.try_get("version")?;
+    attributes.insert("dataversion".to_owned(), version.to_string());
+    if let Some(content_type) = content_type {
+        attributes.insert("datacontenttype".to_owned(), content_type);
+    }
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(Logged {
+        position: row.try_get("position")?,
+        message: Message {
+            id,
+            time: time(row.try_get("time")?),
+            topic,
+            kind,
+            key,
+            payload: payload.map(Into::into),
+            attributes,
+            headers,
+        },
+        defect,
+    })
+}
+
+/// A message that the engine stored itself.
+pub(super) fn message(row: &SqliteRow) -> sqlx::Result<Message> {
+    let map = |column: &str| -> sqlx::Result<BTreeMap<String, String>> {
+        object(row.try_get(column)?).ok_or_else(|| sqlx::Error::ColumnDecode {
+            index: column.to_owned(),
+            source: "no JSON object of texts".into(),
+        })
+    };
+    let payload: Option<Vec<u8>> = row.try_get("payload")?;
+    Ok(Message {
+        id: row.try_get("id")?,
+        time: time(row.try_get("time")?),
+        topic: row.try_get("topic")?,
+        kind: row.try_get("type")?,
+        key: row.try_get("key")?,
+        payload: payload.map(Into::into),
+        attributes: map("attributes")?,
+        headers: map("headers")?,
+    })
+}
+
+/// A JSON object of texts.
+fn object(json: &str) -> Option<BTreeMap<String, String>> {
+    serde_json::from_str(json).ok()
+}
+
+/// A map as JSON.
+pub(super) fn json(map: &BTreeMap<String, String>) -> String {
+    // A map of texts is always an object.
+    serde_json::to_string(map).unwrap_or_else(|_| "{}".to_owned())
+}

@@ -1,0 +1,77 @@
+//! The tables: made, completed, and looked at.
+
+use crate::{
+    error::{Error, Kind, Result},
+    store::{PROGRAM, SCHEMA_VERSION},
+};
+
+use super::pool::{Engine, Transaction};
+
+const TABLES: &str = include_str!("schema.sql");
+const OPERATION: &str = "open schema";
+
+/// Makes what is missing. Its transaction holds the writer's lock, so that others who do the same wait.
+pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
+    let tables = tx.names().sql(TABLES);
+    let known = tx.names().table("schema");
+    let exists: bool = sqlx::query_scalar(
+        "SELECT count(*) > 0 FROM sqlite_master WHERE type = 'table' AND name = ?",
+    )
+    .bind(known)
+    .fetch_one(tx.connection())
+    .await
+    .map_err(|e| tx.failed(e))?;
+    if exists {
+        let query = tx
+            .names()
+            .sql("SELECT version, oldest_program FROM {p}schema");
+        let (version, oldest): (i32, i32) = sqlx::query_as(query)
+            .fetch_one(tx.connection())
+            .await
+            .map_err(|e| tx.failed(e))?;
+        allow("migrate", oldest)?;
+        if version >= SCHEMA_VERSION {
+            return Ok(());
+        }
+    }
+    sqlx::raw_sql(tables)
+        .execute(tx.connection())
+        .await
+        .map_err(|e| tx.failed(e))?;
+    let row = tx.names().sql(
+        "INSERT INTO {p}schema (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
+         ON CONFLICT (one) DO UPDATE SET version = excluded.version, oldest_program = excluded.oldest_program",
+    );
+    tx.run(sqlx::query(row).bind(SCHEMA_VERSION).bind(PROGRAM))
+        .await?;
+    // A destination without a row would not hold retention back.
+    let main = tx.names().sql(
+        "INSERT INTO {p}cursor (destination, partition) VALUES ('main', 0) ON CONFLICT DO NOTHING",
+    );
+    tx.run(sqlx::query(main)).await?;
+    Ok(())
+}
+
+/// The number of log partitions, if this program may use the schema.
+pub(super) async fn partitions(engine: &Engine) -> Result<u16> {
+    let names = engine.names();
+    let mut reader = engine.reader(OPERATION).await?;
+    let query = names.sql("SELECT oldest_program, partitions FROM {p}schema");
+    let row: Option<(i32, u16)> = sqlx::query_as(query)
+        .fetch_optional(&mut *reader)
+        .await
+        .map_err(|e| names.failed(OPERATION, e))?;
+    let (oldest, partitions) = row.ok_or_else(|| names.not_migrated(OPERATION))?;
+    allow(OPERATION, oldest)?;
+    Ok(partitions)
+}
+
+fn allow(operation: &'static str, oldest: i32) -> Result<()> {
+    if oldest <= PROGRAM {
+        return Ok(());
+    }
+    let text = format!(
+        "the schema asks for programs of generation {oldest} or later, and this one is of generation {PROGRAM}: update it"
+    );
+    Err(Error::new(Kind::Incompatible, operation, text))
+}

@@ -1,0 +1,185 @@
+//! A consumer's transaction, in which handlers write. It is the only writer while it lives, so nobody can take the
+//! lease from it; what it commits is on the disk.
+
+use async_trait::async_trait;
+use pillarbox_transport::Message;
+
+use crate::{
+    connection::Connection,
+    error::{Error, Kind, Result},
+    failure::{DeadLetter, Deferral, LineId, Resolution},
+    lease::{Lease, LeaseTerm},
+    store::Unit,
+};
+
+use super::{
+    failure::{self, Place},
+    lease,
+    pool::{Transaction, uncancelled},
+    row,
+};
+
+/// The length of an inbox slot: six hours of event time, in microseconds.
+const SLOT: i64 = 6 * 3600 * 1_000_000;
+
+pub(super) struct SqliteUnit {
+    tx: Transaction,
+    group: Place,
+    name: String,
+}
+
+impl SqliteUnit {
+    pub(super) fn new(tx: Transaction, group: &str) -> Self {
+        Self {
+            tx,
+            group: Place::group(group),
+            name: group.to_owned(),
+        }
+    }
+
+    /// A statement about the event's savepoint, which only a handler's own COMMIT or ROLLBACK can have removed.
+    async fn savepoint_statement(
+        &mut self,
+        operation: &'static str,
+        sql: &'static str,
+    ) -> Result<()> {
+        self.tx.doing(operation);
+        match sqlx::raw_sql(sql).execute(self.tx.connection()).await {
+            Ok(_) => Ok(()),
+            Err(e) if gone(&e) => {
+                let text = "the handler ended the engine's transaction; it must not run COMMIT or ROLLBACK";
+                Err(Error::new(Kind::Invalid, operation, text).caused_by(e))
+            }
+            Err(e) => Err(self.tx.failed(e)),
+        }
+    }
+
+    /// Writes an inbox row unless there is one; true if it was written.
+    async fn inbox(&mut self, message: &Message, state: &'static str) -> Result<bool> {
+        let sql = self.tx.names().sql(
+            "INSERT INTO {p}inbox (grp, source, id, slot, state) VALUES (?1, ?2, ?3, ?4 / ?5, ?6) ON CONFLICT DO NOTHING",
+        );
+        let query = sqlx::query(sql)
+            .bind(self.name.as_str())
+            .bind(message.source())
+            .bind(message.id.as_str())
+            .bind(row::instant(message.time))
+            .bind(SLOT)
+            .bind(state);
+        Ok(self.tx.run(query).await? > 0)
+    }
+
+    /// The inbox row of a deferred event that is given up.
+    async fn inbox_of_deferred(&mut self, (source, id): &LineId) -> Result<()> {
+        // WHERE also keeps the parser from taking ON for a join.
+        let sql = self.tx.names().sql(
+            "INSERT INTO {p}inbox (grp, source, id, slot, state) SELECT scope, source, id, time / ?4, 'dead' \
+             FROM {p}deferred WHERE side = 'consumer' AND scope = ?1 AND source = ?2 AND id = ?3 ON CONFLICT DO NOTHING",
+        );
+        let query = sqlx::query(sql)
+            .bind(self.name.as_str())
+            .bind(source.as_str())
+            .bind(id.as_str())
+            .bind(SLOT);
+        self.tx.run(query).await.map(drop)
+    }
+}
+
+#[async_trait]
+impl Unit for SqliteUnit {
+    fn connection(&mut self) -> Option<Connection<'_>> {
+        Some(Connection::Sqlite(self.tx.connection()))
+    }
+
+    async fn blocked(&mut self, messages: &[&Message]) -> Result<Vec<bool>> {
+        self.tx.doing("probe lines");
+        let probe: Vec<_> = messages
+            .iter()
+            .map(|m| (m.source(), &m.id, &m.topic, &m.key))
+            .collect();
+        let Ok(probe) = serde_json::to_string(&probe) else {
+            let text = "the events' names cannot be written as JSON";
+            return Err(Error::new(Kind::Invalid, self.tx.operation(), text));
+        };
+        let sql = self.tx.names().sql(
+            "SELECT EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
+               AND d.source = json_extract(m.value, '$[0]') AND d.id = json_extract(m.value, '$[1]')) \
+             OR EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
+               AND d.topic = json_extract(m.value, '$[2]') AND d.key = json_extract(m.value, '$[3]')) \
+             FROM json_each(?2) m ORDER BY m.key",
+        );
+        let blocked = sqlx::query_scalar(sql)
+            .bind(self.name.as_str())
+            .bind(probe)
+            .fetch_all(self.tx.connection())
+            .await;
+        blocked.map_err(|e| self.tx.failed(e))
+    }
+
+    async fn savepoint(&mut self) -> Result<()> {
+        self.savepoint_statement("begin event", "SAVEPOINT pillarbox_event")
+            .await
+    }
+
+    async fn undo(&mut self) -> Result<()> {
+        let sql = "ROLLBACK TO pillarbox_event; RELEASE pillarbox_event";
+        self.savepoint_statement("undo event", sql).await
+    }
+
+    async fn keep(&mut self) -> Result<()> {
+        self.savepoint_statement("keep event", "RELEASE pillarbox_event")
+            .await
+    }
+
+    async fn remember(&mut self, message: &Message) -> Result<bool> {
+        self.tx.doing("remember event");
+        self.inbox(message, "applied").await
+    }
+
+    async fn defer(&mut self, event: &Deferral) -> Result<()> {
+        self.tx.doing("defer event");
+        failure::defer(&mut self.tx, &self.group, event).await
+    }
+
+    async fn bury(&mut self, event: &DeadLetter) -> Result<()> {
+        self.tx.doing("bury event");
+        let id = (event.message.source().to_owned(), event.message.id.clone());
+        failure::bury(&mut self.tx, &self.group, event).await?;
+        failure::remove(&mut self.tx, &self.group, &id).await?;
+        self.inbox(&event.message, "dead").await.map(drop)
+    }
+
+    async fn resolve(&mut self, id: &LineId, resolution: &Resolution) -> Result<()> {
+        self.tx.doing("resolve event");
+        if matches!(resolution, Resolution::Dead { .. }) {
+            self.inbox_of_deferred(id).await?;
+        }
+        failure::resolve(&mut self.tx, &self.group, id, resolution).await
+    }
+
+    async fn commit(mut self: Box<Self>, lease: &Lease, term: LeaseTerm) -> Result<()> {
+        const OPERATION: &str = "commit";
+        let lease = lease.clone();
+        uncancelled(OPERATION, async move {
+            self.tx.doing(OPERATION);
+            // Renewed here, because nobody else could while this transaction held the writer's place.
+            match lease::renew(&mut self.tx, &lease, term).await {
+                Ok(()) => self.tx.commit().await,
+                Err(e) => {
+                    let _ = self.tx.rollback().await;
+                    Err(e)
+                }
+            }
+        })
+        .await
+    }
+
+    async fn rollback(self: Box<Self>) -> Result<()> {
+        uncancelled("roll back", self.tx.rollback()).await
+    }
+}
+
+fn gone(e: &sqlx::Error) -> bool {
+    e.as_database_error()
+        .is_some_and(|d| d.message().starts_with("no such savepoint"))
+}
