@@ -108,7 +108,11 @@ impl Postgres {
         })
     }
 
-    pub(super) async fn given_or_started() -> Result<Self, ServerError> {
+    /// The server at the address in the environment, else one that is started now.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub async fn given_or_started() -> Result<Self, ServerError> {
         match variable(URL) {
             Some(url) => Ok(Self { url, local: None }),
             None => Self::start().await,

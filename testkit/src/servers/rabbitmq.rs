@@ -143,7 +143,11 @@ impl RabbitMq {
         })
     }
 
-    pub(super) async fn given_or_started() -> Result<Self, ServerError> {
+    /// The server at the address in the environment, else one that is started now.
+    ///
+    /// # Errors
+    /// As `start`.
+    pub async fn given_or_started() -> Result<Self, ServerError> {
         let Some(url) = variable(URL) else {
             return Self::start().await;
         };
