@@ -9,8 +9,8 @@ mod event;
 pub mod failure;
 pub mod lease;
 mod outbox;
-mod running;
 pub mod relay;
+mod running;
 #[doc(hidden)]
 pub mod store;
 mod wake;
@@ -22,5 +22,5 @@ pub use error::{Error, Kind, Result};
 pub use event::{Event, Key};
 pub use outbox::{InTransaction, Insert, Outbox, Param};
 pub use pillarbox_transport as transport;
-pub use relay::RelaySettings;
+pub use relay::{Relay, RelaySettings};
 pub use running::{Health, Running};

@@ -1,6 +1,8 @@
 use std::{
+    collections::BTreeMap,
     future::Future,
     pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
 };
 
@@ -87,20 +89,29 @@ impl Future for Running {
 
 /// Shared by the tasks of one relay or consumer.
 #[derive(Debug, Clone)]
-pub(crate) struct Report(watch::Sender<Health>);
+pub(crate) struct Report {
+    health: watch::Sender<Health>,
+    troubles: Arc<Mutex<BTreeMap<String, String>>>,
+}
 
 impl Report {
     pub(crate) fn new() -> (Self, watch::Receiver<Health>) {
-        let (sender, receiver) = watch::channel(Health::default());
-        (Self(sender), receiver)
+        let (health, receiver) = watch::channel(Health::default());
+        (
+            Self {
+                health,
+                troubles: Arc::default(),
+            },
+            receiver,
+        )
     }
 
     pub(crate) fn expect(&self, of: usize) {
-        self.0.send_modify(|h| h.of = of);
+        self.health.send_modify(|h| h.of = of);
     }
 
     pub(crate) fn held(&self, held: bool) {
-        self.0.send_modify(|h| {
+        self.health.send_modify(|h| {
             h.held = if held {
                 h.held + 1
             } else {
@@ -109,12 +120,36 @@ impl Report {
         });
     }
 
-    /// Notes a trouble, or that it is over. True if that is a change: worth a line in the log, where a repeat is not.
-    pub(crate) fn trouble(&self, trouble: Option<String>) -> bool {
-        self.0.send_if_modified(|h| {
-            let changed = h.trouble != trouble;
-            h.trouble = trouble;
-            changed
+    /// Notes a trouble with something. True if it is new: worth a line in the log, where a repeat is not.
+    pub(crate) fn trouble(&self, what: &str, trouble: &str) -> bool {
+        self.change(|troubles| {
+            troubles
+                .insert(what.to_owned(), trouble.to_owned())
+                .is_none()
         })
+    }
+
+    /// The trouble is over. True if there was one.
+    pub(crate) fn clear(&self, what: &str) -> bool {
+        // Called for every confirm, and nearly always for nothing.
+        if self.health.borrow().trouble.is_none() {
+            return false;
+        }
+        self.change(|troubles| troubles.remove(what).is_some())
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<String, String>) -> T) -> T {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        let changed = change(&mut troubles);
+        let first = troubles
+            .iter()
+            .next()
+            .map(|(what, trouble)| format!("{what}: {trouble}"));
+        self.health.send_if_modified(|h| {
+            let differs = h.trouble != first;
+            h.trouble = first;
+            differs
+        });
+        changed
     }
 }

@@ -251,15 +251,14 @@ impl Consumer {
             if !e.is_temporary() {
                 return Err(e);
             }
-            if self.core.report.trouble(Some(e.to_string())) {
-                tracing::warn!(group = %self.core.group, error = %e, "consumer waits");
-            }
+            self.core.note("broker", &e.to_string());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(backoff.step()) => {}
             }
         }
+        self.core.clear("broker");
         let sources = self.sources.unwrap_or_default();
         self.core.report.expect(sources.len());
         let mut tasks = tokio::task::JoinSet::new();
@@ -282,6 +281,21 @@ impl Consumer {
             }
         }
         result
+    }
+}
+
+impl Core {
+    /// One line at each change of state, none for each try.
+    fn note(&self, what: &str, trouble: &str) {
+        if self.report.trouble(what, trouble) {
+            tracing::warn!(group = %self.group, what, trouble, "consumer waits");
+        }
+    }
+
+    fn clear(&self, what: &str) {
+        if self.report.clear(what) {
+            tracing::info!(group = %self.group, what, "consumer goes on");
+        }
     }
 }
 

@@ -20,6 +20,8 @@ use crate::{
 
 /// Looks at least this often: another process may have deferred something.
 const POLL: Duration = Duration::from_secs(1);
+/// Its name in the consumer's health.
+const PUMP: &str = "deferred lines";
 /// Lines looked at, and events of a line applied, at a time.
 const BATCH: u32 = 100;
 
@@ -49,11 +51,11 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
                         backoff.reset();
                         Duration::ZERO
                     }
-                    Err(e) => core.waits(e, &mut backoff)?,
+                    Err(e) => core.waits(PUMP, e, &mut backoff)?,
                 }
             }
             Ok(None) => core.settings.lease.renewal() / 2,
-            Err(e) => core.waits(e, &mut backoff)?,
+            Err(e) => core.waits(PUMP, e, &mut backoff)?,
         };
         tokio::select! {
             biased;
@@ -68,7 +70,9 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
     let mut copies = Copies::default();
     loop {
         let mut next = POLL;
-        for line in core.store.lines(lease, BATCH).await? {
+        let lines = core.store.lines(lease, BATCH).await?;
+        core.clear(PUMP);
+        for line in lines {
             if stop.is_cancelled() {
                 return Ok(());
             }
@@ -144,9 +148,7 @@ fn waits(core: &Core, lease: &Lease, undone: Undone) -> Result<bool> {
         )),
         Undone::Alone(_) => Ok(false),
         Undone::Unavailable(reason) => {
-            if core.report.trouble(Some(reason.clone())) {
-                tracing::warn!(group = %core.group, %reason, "a line waits");
-            }
+            core.note(PUMP, &reason);
             Ok(false)
         }
     }

@@ -31,13 +31,13 @@ pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> 
         let wait = match core.store.acquire(&key, core.settings.lease).await {
             Ok(Some(acquired)) => {
                 let ended = hold(&core, &source, acquired, sent, &stop).await;
-                match core.ended(ended, &mut backoff)? {
+                match core.ended(&source.name, ended, &mut backoff)? {
                     Some(wait) => wait,
                     None => continue,
                 }
             }
             Ok(None) => core.settings.lease.renewal() / 2,
-            Err(e) => core.waits(e, &mut backoff)?,
+            Err(e) => core.waits(&source.name, e, &mut backoff)?,
         };
         tokio::select! {
             biased;
@@ -50,25 +50,27 @@ pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> 
 
 impl Core {
     /// After a session: wait how long before the next? None: none at all.
-    fn ended(&self, ended: Result<()>, backoff: &mut Backoff) -> Result<Option<Duration>> {
+    fn ended(
+        &self,
+        what: &str,
+        ended: Result<()>,
+        backoff: &mut Backoff,
+    ) -> Result<Option<Duration>> {
         match ended {
             Ok(()) => {
                 backoff.reset();
                 Ok(None)
             }
-            Err(e) => self.waits(e, backoff).map(Some),
+            Err(e) => self.waits(what, e, backoff).map(Some),
         }
     }
 
     /// Notes a trouble that passes and answers how long to wait; what does not pass ends the consumer.
-    pub(super) fn waits(&self, e: Error, backoff: &mut Backoff) -> Result<Duration> {
+    pub(super) fn waits(&self, what: &str, e: Error, backoff: &mut Backoff) -> Result<Duration> {
         if !e.is_temporary() && e.kind() != crate::error::Kind::Database {
             return Err(e);
         }
-        let text = e.to_string();
-        if self.report.trouble(Some(text.clone())) {
-            tracing::warn!(group = %self.group, error = %text, "consumer waits");
-        }
+        self.note(what, &e.to_string());
         Ok(backoff.step())
     }
 }
@@ -138,9 +140,7 @@ async fn consume(
             () = keeper.lost().cancelled() => return Ok(()),
             applied = commit(core, source, lease, keeper, &events) => applied?,
         }
-        if core.report.trouble(None) {
-            tracing::info!(group = %core.group, source = %source.name, "consumer goes on");
-        }
+        core.clear(&source.name);
         for (position, ack) in acks {
             settled.position = position.or(settled.position);
             ack.ack().await?;
@@ -211,9 +211,9 @@ async fn commit(
     keeper: &Keeper,
     events: &[Incoming],
 ) -> Result<()> {
-    let durable = !source.replayable;
     let sent = Instant::now();
-    match apply(core, lease, events, durable, None).await {
+    // Where the acknowledgement destroys the message, the commit must be on disk before it.
+    match apply(core, lease, events, !source.replayable, None).await {
         Ok(applied) => {
             keeper.renewed(sent);
             if applied.deferred > 0 || applied.dead > 0 {
@@ -223,24 +223,24 @@ async fn commit(
         }
         Err(Undone::Alone(_)) if events.len() > 1 => {
             for event in events {
-                alone(core, lease, event, durable).await?;
+                alone(core, source, lease, event).await?;
             }
             Ok(())
         }
-        Err(undone) => retry_alone(core, lease, events, durable, undone).await,
+        Err(undone) => retry_alone(core, source, lease, events, undone).await,
     }
 }
 
-async fn alone(core: &Core, lease: &Lease, event: &Incoming, durable: bool) -> Result<()> {
+async fn alone(core: &Core, source: &Source, lease: &Lease, event: &Incoming) -> Result<()> {
     let event = std::slice::from_ref(event);
-    match apply(core, lease, event, durable, None).await {
+    match apply(core, lease, event, !source.replayable, None).await {
         Ok(applied) => {
             if applied.deferred > 0 || applied.dead > 0 {
                 core.deferred.notify_one();
             }
             Ok(())
         }
-        Err(undone) => retry_alone(core, lease, event, durable, undone).await,
+        Err(undone) => retry_alone(core, source, lease, event, undone).await,
     }
 }
 
@@ -248,9 +248,9 @@ async fn alone(core: &Core, lease: &Lease, event: &Incoming, durable: bool) -> R
 /// returns everything to the broker.
 async fn retry_alone(
     core: &Core,
+    source: &Source,
     lease: &Lease,
     events: &[Incoming],
-    durable: bool,
     mut undone: Undone,
 ) -> Result<()> {
     let mut backoff = Backoff::connection();
@@ -265,13 +265,11 @@ async fn retry_alone(
             }
             Undone::Alone(_) => tokio::time::sleep(backoff.step()).await,
             Undone::Unavailable(reason) => {
-                if core.report.trouble(Some(reason.clone())) {
-                    tracing::warn!(group = %core.group, %reason, "consumer waits");
-                }
+                core.note(&source.name, &reason);
                 tokio::time::sleep(backoff.step()).await;
             }
         }
-        match apply(core, lease, events, durable, overdue.as_deref()).await {
+        match apply(core, lease, events, !source.replayable, overdue.as_deref()).await {
             Ok(applied) => {
                 if applied.deferred > 0 || applied.dead > 0 {
                     core.deferred.notify_one();

@@ -1,8 +1,26 @@
 //! The relay's side of an event's way: log, window, publisher, cursor.
 
-use std::time::Duration;
+mod lines;
+mod partition;
+mod session;
+mod trail;
 
-use crate::{lease::LeaseTerm, window};
+use std::{collections::HashSet, future::Future, sync::Arc, time::Duration};
+
+use pillarbox_transport::{Limits, Transport};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    backoff::Backoff,
+    error::{Error, Kind, Result},
+    failure::Retry,
+    lease::LeaseTerm,
+    outbox::Outbox,
+    running::{Report, Running},
+    store::Store,
+    wake::Wake,
+    window,
+};
 
 /// Bounds and rhythms of a relay.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +53,12 @@ impl Default for RelaySettings {
             lease: LeaseTerm::default(),
             batch: 1_000,
             publish: 256,
-            window: window::Limits { unsettled: 10_000, bytes: 64 << 20, in_flight: 1_024, per_key: 1 },
+            window: window::Limits {
+                unsettled: 10_000,
+                bytes: 64 << 20,
+                in_flight: 1_024,
+                per_key: 1,
+            },
             idle_poll: Duration::from_millis(100),
             busy_poll: Duration::from_millis(5),
             settle: Duration::from_millis(100),
@@ -43,5 +66,175 @@ impl Default for RelaySettings {
             deferred_per_key: 1_000,
             drain: Duration::from_secs(25),
         }
+    }
+}
+
+/// Publishes the log: in order for each key, with confirms, with retries, one owner for each partition.
+///
+/// Any number may run against one database; leases share the partitions among them.
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use pillarbox_core::{Outbox, Relay, transport::Transport};
+/// # async fn f(outbox: Outbox, transport: Arc<dyn Transport>) -> pillarbox_core::Result<()> {
+/// let relay = Relay::new(&outbox, transport).source("shop").spawn();
+/// // …
+/// relay.shutdown().await
+/// # }
+/// ```
+#[must_use = "a relay does nothing until it runs"]
+pub struct Relay {
+    core: Core,
+}
+
+/// What the tasks of a relay share.
+#[derive(Clone)]
+struct Core {
+    store: Arc<dyn Store>,
+    transport: Arc<dyn Transport>,
+    wake: Wake,
+    limits: Limits,
+    destination: Arc<str>,
+    topics: Option<Arc<HashSet<String>>>,
+    source: Option<Arc<str>>,
+    accept_unrouted: Arc<HashSet<String>>,
+    settings: Arc<RelaySettings>,
+    retry: Arc<Retry>,
+    report: Report,
+}
+
+impl Relay {
+    /// A relay of the outbox's database to this transport, destination `main`, all topics.
+    pub fn new(outbox: &Outbox, transport: Arc<dyn Transport>) -> Self {
+        let core = Core {
+            store: outbox.database().store().clone(),
+            transport,
+            wake: outbox.waker().clone(),
+            limits: outbox.limits().clone(),
+            destination: "main".into(),
+            topics: None,
+            source: None,
+            accept_unrouted: Arc::default(),
+            settings: Arc::default(),
+            retry: Arc::default(),
+            report: Report::new().0,
+        };
+        Self { core }
+    }
+
+    /// Publishes these topics alone; events of others count as settled.
+    pub fn topics(mut self, topics: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.core.topics = Some(Arc::new(topics.into_iter().map(Into::into).collect()));
+        self
+    }
+
+    /// The CloudEvents source of events that name none. Consumers remember events by source and id.
+    pub fn source(mut self, source: impl AsRef<str>) -> Self {
+        self.core.source = Some(source.as_ref().into());
+        self
+    }
+
+    /// Event types that need no consumer: the broker's "nowhere to put it" counts as a confirm.
+    pub fn accept_unrouted(mut self, kinds: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.core.accept_unrouted = Arc::new(kinds.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// With other bounds and rhythms.
+    pub fn settings(mut self, settings: RelaySettings) -> Self {
+        self.core.settings = Arc::new(settings);
+        self
+    }
+
+    /// With another retry schedule.
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.core.retry = Arc::new(retry);
+        self
+    }
+
+    /// Runs until `stop` resolves; then waits for confirms (at most the drain time), moves its cursors and gives its leases back.
+    ///
+    /// Waits for a database or broker that is away, for as long as it takes.
+    ///
+    /// # Errors
+    /// What nobody but a person can mend: no schema, or one that is too new.
+    pub async fn run_until(self, stop: impl Future<Output = ()> + Send) -> Result<()> {
+        let token = CancellationToken::new();
+        let run = self.run(token.clone());
+        tokio::pin!(run, stop);
+        tokio::select! {
+            biased;
+            result = &mut run => return result,
+            () = &mut stop => token.cancel(),
+        }
+        run.await
+    }
+
+    /// Runs in a task of its own.
+    pub fn spawn(mut self) -> Running {
+        let (report, health) = Report::new();
+        self.core.report = report;
+        let stop = CancellationToken::new();
+        Running::new(stop.clone(), health, self.run(stop))
+    }
+
+    async fn run(self, stop: CancellationToken) -> Result<()> {
+        let core = self.core;
+        let mut backoff = Backoff::connection();
+        let partitions = loop {
+            match core.store.partitions().await {
+                Ok(partitions) => break partitions,
+                Err(e) if e.is_temporary() => core.waits("database", &e.to_string()),
+                Err(e) => return Err(e),
+            }
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(backoff.step()) => {}
+            }
+        };
+        core.report.expect(usize::from(partitions));
+        let mut tasks = tokio::task::JoinSet::new();
+        for partition in 0..partitions {
+            tasks.spawn(partition::run(core.clone(), partition, stop.clone()));
+        }
+        let mut result = Ok(());
+        while let Some(joined) = tasks.join_next().await {
+            let ended = joined.unwrap_or_else(|e| {
+                Err(
+                    Error::new(Kind::Panicked, "relay", "a task of the relay panicked")
+                        .caused_by(e),
+                )
+            });
+            if ended.is_err() && result.is_ok() {
+                // One that cannot go on stops all: a half-working relay looks healthy.
+                stop.cancel();
+                result = ended;
+            }
+        }
+        result
+    }
+}
+
+impl Core {
+    /// One line at each change of state, none for each try.
+    fn waits(&self, what: &str, trouble: &str) {
+        if self.report.trouble(what, trouble) {
+            tracing::warn!(destination = %self.destination, what, trouble, "relay waits");
+        }
+    }
+
+    fn goes_on(&self, what: &str) {
+        if self.report.clear(what) {
+            tracing::info!(destination = %self.destination, what, "relay goes on");
+        }
+    }
+}
+
+impl std::fmt::Debug for Relay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Relay")
+            .field("destination", &self.core.destination)
+            .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,167 @@
+//! The session's broker: publishing, and what each answer means.
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use pillarbox_transport::{Outcome, Publisher};
+use tokio::time::Instant;
+
+use super::{Done, Pause, Session};
+use crate::{backoff::Backoff, error::Result, store::Logged, window::Attempt};
+
+impl Session<'_> {
+    pub(super) fn open(&mut self) {
+        self.opening = true;
+        let transport = self.core.transport.clone();
+        self.work
+            .push(async move { Done::Opened(transport.publisher().await) }.boxed());
+    }
+
+    pub(super) fn opened(
+        &mut self,
+        opened: Result<Box<dyn Publisher>, pillarbox_transport::Error>,
+    ) {
+        self.opening = false;
+        match opened {
+            Ok(publisher) => self.publisher = Some(publisher),
+            Err(e) => {
+                self.core
+                    .waits(&self.trouble_with("broker"), &e.to_string());
+                self.open_at = Instant::now() + self.open_backoff.step();
+            }
+        }
+    }
+
+    pub(super) fn publish(&mut self, now: Instant) {
+        loop {
+            let paused = &self.paused;
+            let allowed = |e: &Logged| paused.get(&e.message.topic).is_none_or(|p| p.until <= now);
+            let attempts = self.window.take(self.core.settings.publish, allowed);
+            if attempts.is_empty() {
+                return;
+            }
+            let (attempts, refused) = self.without_defects(attempts);
+            for (attempt, reason) in refused {
+                self.bury(attempt, reason);
+            }
+            if attempts.is_empty() {
+                continue;
+            }
+            let Some(publisher) = &self.publisher else {
+                return;
+            };
+            let events = attempts.iter().filter_map(|a| self.window.get(a.seq));
+            let answers = publisher.publish(events.map(|e| e.message.clone()).collect());
+            self.work
+                .push(async move { Done::Published(attempts, answers.await) }.boxed());
+        }
+    }
+
+    /// Events that no broker may see are given up unsent.
+    fn without_defects(&self, attempts: Vec<Attempt>) -> (Vec<Attempt>, Vec<(Attempt, String)>) {
+        let mut refused = Vec::new();
+        let good = attempts.into_iter().filter(|a| {
+            let defect = self.window.get(a.seq).and_then(|e| e.defect.clone());
+            let is_good = defect.is_none();
+            refused.extend(defect.map(|reason| (*a, reason)));
+            is_good
+        });
+        (good.collect(), refused)
+    }
+
+    pub(super) fn published(&mut self, attempts: &[Attempt], mut outcomes: Vec<Outcome>) {
+        // A transport that answers too little has not answered: nothing is assumed.
+        outcomes.resize_with(attempts.len(), || {
+            Outcome::Unknown(pillarbox_transport::Error::new(
+                pillarbox_transport::Kind::Closed,
+                "publish",
+                "the transport gave no outcome",
+            ))
+        });
+        for (attempt, outcome) in attempts.iter().zip(outcomes) {
+            self.answered(*attempt, outcome);
+        }
+    }
+
+    pub(super) fn answered(&mut self, attempt: Attempt, outcome: Outcome) {
+        // An answer to an earlier attempt says nothing about the current one.
+        if !self.window.is_current(attempt) {
+            return;
+        }
+        let Some(event) = self.window.get(attempt.seq) else {
+            return;
+        };
+        let (topic, kind) = (event.message.topic.clone(), event.message.kind.clone());
+        self.count(&outcome);
+        match outcome {
+            Outcome::Stored => self.confirm(attempt, &topic),
+            Outcome::Retry(e) if self.is_accepted(&kind, &e) => self.confirm(attempt, &topic),
+            Outcome::Unavailable(e) if self.is_accepted(&kind, &e) => self.confirm(attempt, &topic),
+            Outcome::Unknown(e) => {
+                self.unsure.insert(attempt.seq);
+                self.window.again(attempt);
+                self.lose_publisher(&e);
+            }
+            Outcome::Unavailable(e) => {
+                self.window.again(attempt);
+                self.pause(topic, &e);
+            }
+            Outcome::Retry(e) => match self.core.retry.after(1) {
+                Some(delay) => {
+                    self.failed.insert(attempt.seq, (1, e.to_string(), delay));
+                    self.window.defer(attempt);
+                }
+                None => self.bury(attempt, e.to_string()),
+            },
+            Outcome::Rejected(e) => self.bury(attempt, e.to_string()),
+        }
+    }
+
+    pub(super) fn confirm(&mut self, attempt: Attempt, topic: &str) {
+        self.window.settle(attempt);
+        self.open_backoff.reset();
+        self.core.goes_on(&self.trouble_with("broker"));
+        if self.paused.remove(topic).is_some() {
+            self.core.goes_on(&self.trouble_with(topic));
+        }
+    }
+
+    pub(super) fn is_accepted(&self, kind: &str, e: &pillarbox_transport::Error) -> bool {
+        e.kind() == pillarbox_transport::Kind::Unrouted && self.core.accept_unrouted.contains(kind)
+    }
+
+    /// The session is dead: what is still open on it resolves by itself, and nothing more is given to it.
+    pub(super) fn lose_publisher(&mut self, e: &pillarbox_transport::Error) {
+        if self.publisher.take().is_some() {
+            self.core
+                .waits(&self.trouble_with("broker"), &e.to_string());
+            self.open_at = Instant::now() + self.open_backoff.step();
+        }
+    }
+
+    /// The broker's trouble, not the event's: the topic waits, nothing is counted.
+    pub(super) fn pause(&mut self, topic: String, e: &pillarbox_transport::Error) {
+        self.core.waits(&self.trouble_with(&topic), &e.to_string());
+        let now = Instant::now();
+        let fresh = || Pause {
+            until: now,
+            backoff: Backoff::new(Duration::from_millis(20), Duration::from_secs(2)),
+        };
+        let pause = self.paused.entry(topic).or_insert_with(fresh);
+        if pause.until <= now {
+            pause.until = now + pause.backoff.step();
+        }
+    }
+
+    pub(super) fn count(&self, outcome: &Outcome) {
+        let name = match outcome {
+            Outcome::Stored => "stored",
+            Outcome::Unknown(_) => "unknown",
+            Outcome::Unavailable(_) => "unavailable",
+            Outcome::Retry(_) => "retry",
+            Outcome::Rejected(_) => "rejected",
+        };
+        let destination = self.core.destination.to_string();
+        metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(1);
+    }
+}

@@ -1,0 +1,127 @@
+//! What failed: into its line, or given up.
+
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::time::Instant;
+
+use super::{super::lines::LineName, DEFERRALS, Done, Session};
+use crate::{
+    error::{Error, Kind, Result},
+    event::Key,
+    failure::{DeadLetter, Deferral, Side},
+    window::{Attempt, Seq},
+};
+
+impl Session<'_> {
+    pub(super) fn defer(&mut self) {
+        let seqs = self.window.take_deferrals(DEFERRALS);
+        if seqs.is_empty() {
+            return;
+        }
+        self.deferring = true;
+        let events: Vec<Deferral> = seqs
+            .iter()
+            .filter_map(|seq| {
+                let event = self.window.get(*seq)?;
+                let (attempts, reason, delay) = match self.failed.get(seq) {
+                    Some((attempts, reason, delay)) => (*attempts, Some(reason.clone()), *delay),
+                    None => (0, None, Duration::ZERO),
+                };
+                Some(Deferral {
+                    message: event.message.clone(),
+                    position: event.position,
+                    attempts,
+                    reason,
+                    delay,
+                })
+            })
+            .collect();
+        let (store, lease) = (self.store.clone(), self.lease.clone());
+        let (most, per_key) = (
+            self.core.settings.deferred,
+            self.core.settings.deferred_per_key,
+        );
+        let scope = self.core.destination.to_string();
+        let write = async move {
+            let waiting = store.deferred(Side::Relay, &scope).await?;
+            if waiting.total >= most || waiting.longest >= per_key {
+                let text = format!(
+                    "{} events wait, {} of one key; the maxima are {most} and {per_key}",
+                    waiting.total, waiting.longest
+                );
+                return Err(Error::new(Kind::Unavailable, "defer", text));
+            }
+            store.defer(&lease, &events).await
+        };
+        self.work.push(
+            write
+                .map(move |result| Done::Deferred(seqs, result))
+                .boxed(),
+        );
+    }
+
+    pub(super) fn deferred(&mut self, seqs: &[Seq], result: Result<()>) -> Result<()> {
+        self.deferring = false;
+        let now = Instant::now();
+        if let Err(e) = result {
+            self.window.not_deferred(seqs);
+            self.defer_at = now + Duration::from_secs(1);
+            return self.trouble(e);
+        }
+        self.core.goes_on(&self.trouble_with("database"));
+        for seq in seqs {
+            let Some(event) = self.window.get(*seq) else {
+                continue;
+            };
+            let id = (event.message.source().to_owned(), event.message.id.clone());
+            let name = LineName::new(Key::of(&event.message), id);
+            let delay = self
+                .failed
+                .remove(seq)
+                .map_or(Duration::ZERO, |(_, _, delay)| delay);
+            self.lines.grew(name, now + delay);
+        }
+        self.window.deferred(seqs);
+        Ok(())
+    }
+
+    pub(super) fn bury(&mut self, attempt: Attempt, reason: String) {
+        let Some(event) = self.window.get(attempt.seq) else {
+            return;
+        };
+        let dead = DeadLetter {
+            message: event.message.clone(),
+            position: event.position,
+            attempts: 1,
+            reason,
+            maybe_sent: self.unsure.contains(&attempt.seq),
+        };
+        self.log_dead(&dead.message, &dead.reason);
+        let (store, lease) = (self.store.clone(), self.lease.clone());
+        let write = async move { store.bury(&lease, &[dead]).await };
+        self.work.push(
+            write
+                .map(move |result| Done::Buried(attempt, result))
+                .boxed(),
+        );
+    }
+
+    pub(super) fn log_dead(&self, message: &pillarbox_transport::Message, reason: &str) {
+        tracing::warn!(destination = %self.core.destination, id = %message.id, kind = %message.kind, reason, "dead letter");
+    }
+
+    /// Until its row is known to be committed it is its key's unconfirmed event.
+    pub(super) fn buried(&mut self, attempt: Attempt, result: Result<()>) -> Result<()> {
+        match result {
+            Ok(()) => {
+                self.window.settle(attempt);
+                Ok(())
+            }
+            Err(e) => {
+                self.window.again(attempt);
+                self.trouble(e)
+            }
+        }
+    }
+}

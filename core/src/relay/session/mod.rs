@@ -1,0 +1,297 @@
+//! One lease of one partition: everything in memory begins and ends with it.
+//!
+//! A loop around one set of work under way. Each round starts whatever can start (read, publish, defer, settle, lines)
+//! and then waits for a piece of work, a wake-up or a time.
+
+mod broker;
+mod failed;
+mod line;
+mod log;
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use pillarbox_transport::{Outcome, Publisher};
+use tokio::{sync::watch, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{Core, lines::LineName, lines::Lines, trail::Trail};
+use crate::{
+    backoff::Backoff,
+    cursor::Progress,
+    error::Result,
+    failure::Deferred,
+    lease::{Acquired, Keeper, Lease},
+    store::{Logged, Slice, Store},
+    window::{Attempt, Seq, Window},
+};
+
+/// Deferred rows written at a time.
+const DEFERRALS: usize = 500;
+/// Most lines looked at when a partition is taken over; the maximum of deferred events bounds them.
+const LINES: u32 = 1_000_000;
+
+/// What was under way and is done.
+enum Done {
+    Opened(Result<Box<dyn Publisher>, pillarbox_transport::Error>),
+    Read(Result<Slice>),
+    Published(Vec<Attempt>, Vec<Outcome>),
+    Deferred(Vec<Seq>, Result<()>),
+    Buried(Attempt, Result<()>),
+    Settled(Progress, Instant, Result<()>),
+    Line(LineName, Result<Option<Deferred>>),
+    LinePublished(LineName, Box<Deferred>, Outcome),
+    LineResolved(LineName, Option<Duration>, Result<()>),
+}
+
+/// A topic that the broker cannot take now.
+struct Pause {
+    until: Instant,
+    backoff: Backoff,
+}
+
+struct Session<'a> {
+    core: &'a Core,
+    store: Arc<dyn Store>,
+    partition: u16,
+    lease: Lease,
+    keeper: &'a Keeper,
+    work: FuturesUnordered<BoxFuture<'static, Done>>,
+
+    publisher: Option<Box<dyn Publisher>>,
+    opening: bool,
+    open_at: Instant,
+    open_backoff: Backoff,
+
+    window: Window<Logged>,
+    trail: Trail,
+    lines: Lines,
+    /// Failed attempts of events that are on their way into a line.
+    failed: HashMap<Seq, (u32, String, Duration)>,
+    /// Events that may have been sent: an answer was lost.
+    unsure: HashSet<Seq>,
+    paused: HashMap<String, Pause>,
+
+    reading: bool,
+    from: Progress,
+    poll_at: Instant,
+    poll: Duration,
+    read_backoff: Backoff,
+
+    deferring: bool,
+    defer_at: Instant,
+
+    settling: bool,
+    settle_at: Instant,
+    unsettled: Option<Progress>,
+
+    draining: bool,
+}
+
+/// Runs until the lease ends or `stop` has drained. Without error when the lease was lost or handed back.
+pub(super) async fn run(
+    core: &Core,
+    partition: u16,
+    acquired: Acquired,
+    keeper: &Keeper,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let mut session = Session::new(core, partition, acquired, keeper);
+    // After the acquisition is committed: rows that the last owner wrote before are all there, later ones are fenced.
+    let lines = tokio::select! {
+        biased;
+        () = keeper.lost().cancelled() => return Ok(()),
+        lines = session.store.lines(&session.lease, LINES) => lines?,
+    };
+    for key in lines.iter().filter_map(|l| l.key.clone()) {
+        session.window.block(key);
+    }
+    session.lines.load(lines, Instant::now());
+    let drained = tokio::select! {
+        biased;
+        () = keeper.lost().cancelled() => false,
+        result = session.work(stop) => result?,
+    };
+    if drained {
+        if let Some(progress) = session.unsettled.take() {
+            session
+                .store
+                .settle(&session.lease, &progress, core.settings.lease, true)
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+impl<'a> Session<'a> {
+    fn new(core: &'a Core, partition: u16, acquired: Acquired, keeper: &'a Keeper) -> Self {
+        let now = Instant::now();
+        Self {
+            core,
+            store: core.store.clone(),
+            partition,
+            lease: acquired.lease,
+            keeper,
+            work: FuturesUnordered::new(),
+            publisher: None,
+            opening: false,
+            open_at: now,
+            open_backoff: Backoff::connection(),
+            window: Window::new(core.settings.window),
+            trail: Trail::default(),
+            lines: Lines::default(),
+            failed: HashMap::new(),
+            unsure: HashSet::new(),
+            paused: HashMap::new(),
+            reading: false,
+            from: acquired.progress,
+            poll_at: now,
+            poll: core.settings.busy_poll,
+            read_backoff: Backoff::connection(),
+            deferring: false,
+            defer_at: now,
+            settling: false,
+            settle_at: now,
+            unsettled: None,
+            draining: false,
+        }
+    }
+
+    /// True once a stop has drained.
+    async fn work(&mut self, stop: &CancellationToken) -> Result<bool> {
+        let mut wake = self.core.wake.listen();
+        let mut give_up = None;
+        loop {
+            self.advance();
+            if self.draining && self.is_quiet() {
+                return Ok(true);
+            }
+            let now = Instant::now();
+            if give_up.is_some_and(|at| at <= now) {
+                tracing::warn!(destination = %self.core.destination, partition = self.partition, in_flight = self.window.in_flight(), "the drain time is over; what is unconfirmed comes again");
+                return Ok(true);
+            }
+            let next = [self.start(now), give_up].into_iter().flatten().min();
+            tokio::select! {
+                biased;
+                () = stop.cancelled(), if !self.draining => {
+                    self.draining = true;
+                    give_up = Some(now + self.core.settings.drain);
+                }
+                Some(done) = self.work.next(), if !self.work.is_empty() => {
+                    self.done(done)?;
+                    while let Some(Some(done)) = self.work.next().now_or_never() {
+                        self.done(done)?;
+                    }
+                }
+                () = woken(&mut wake), if !self.draining => {
+                    (self.poll_at, self.poll) = (now, self.core.settings.busy_poll);
+                }
+                () = sleep_until(next) => {}
+            }
+        }
+    }
+
+    /// The name of a trouble: one line in the log when it begins, one when it ends.
+    fn trouble_with(&self, what: &str) -> String {
+        format!("partition {} {what}", self.partition)
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.window.in_flight() == 0
+            && !self.deferring
+            && !self.settling
+            && self.lines.under_way() == 0
+    }
+
+    /// Starts what can start now, and answers when something else could.
+    fn start(&mut self, now: Instant) -> Option<Instant> {
+        let mut next = None::<Instant>;
+        let mut at = |t: Instant| next = Some(next.map_or(t, |n| n.min(t)));
+        if !self.settling && self.unsettled.is_some() {
+            if self.settle_at <= now {
+                self.settle(now)
+            } else {
+                at(self.settle_at)
+            }
+        }
+        if !self.deferring {
+            if self.defer_at <= now {
+                self.defer()
+            } else {
+                at(self.defer_at)
+            }
+        }
+        if self.draining {
+            return next;
+        }
+        if !self.reading && self.window.room() > 0 {
+            if self.poll_at <= now {
+                self.read()
+            } else {
+                at(self.poll_at)
+            }
+        }
+        if self.publisher.is_none() {
+            if !self.opening {
+                if self.open_at <= now {
+                    self.open()
+                } else {
+                    at(self.open_at)
+                }
+            }
+            return next;
+        }
+        if let Some(resume) = self
+            .paused
+            .values()
+            .map(|p| p.until)
+            .filter(|t| *t > now)
+            .min()
+        {
+            at(resume);
+        }
+        self.publish(now);
+        let (due, later) = self.lines.due(now);
+        for name in due {
+            self.load_line(name);
+        }
+        later.into_iter().for_each(at);
+        next
+    }
+
+    fn done(&mut self, done: Done) -> Result<()> {
+        match done {
+            Done::Opened(opened) => self.opened(opened),
+            Done::Read(read) => return self.read_done(read),
+            Done::Published(attempts, outcomes) => self.published(&attempts, outcomes),
+            Done::Deferred(seqs, result) => return self.deferred(&seqs, result),
+            Done::Buried(attempt, result) => return self.buried(attempt, result),
+            Done::Settled(progress, sent, result) => return self.settled(progress, sent, result),
+            Done::Line(name, head) => return self.line_loaded(name, head),
+            Done::LinePublished(name, event, outcome) => self.line_published(name, *event, outcome),
+            Done::LineResolved(name, again, result) => {
+                return self.line_resolved(&name, again, result);
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn woken(wake: &mut watch::Receiver<u64>) {
+    if wake.changed().await.is_err() {
+        // The outbox is gone; polling is enough.
+        std::future::pending::<()>().await;
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
