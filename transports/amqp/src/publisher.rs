@@ -1,0 +1,424 @@
+//! Publishing sessions, to topics and to dead-letter queues: confirms, mandatory, persistent.
+//!
+//! One batch at a time has a channel, from its first publish to its last confirm, and returned messages are told apart by
+//! their id: lapin gives a returned message to whichever confirm comes next. One task publishes on each channel: lapin
+//! numbers and queues a publish in two steps.
+
+use std::{
+    collections::HashSet,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use futures_util::{
+    FutureExt,
+    future::{BoxFuture, try_join_all},
+};
+use lapin::{
+    Channel,
+    options::{BasicPublishOptions, ConfirmSelectOptions},
+};
+use pillarbox_transport::{Error, Kind, Message, Outcome, Publisher, Result};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+
+use crate::{
+    connection::Live,
+    outcome::{Answer, Cause, Verdict},
+    topology::{Spec, Topology, short},
+    wire::{Encoder, Wire},
+};
+
+/// The error of a session whose task is gone, which happens when the runtime stops.
+const GONE: &str = "the session's task is gone";
+
+/// Where a session's messages go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// Each to the exchange of its topic, by its type.
+    Topics,
+    /// All to the dead letters of this queue.
+    DeadLetters(Spec),
+}
+
+/// What a session is made of.
+pub(crate) struct Plan {
+    pub(crate) live: Arc<Live>,
+    pub(crate) topology: Arc<Topology>,
+    pub(crate) target: Target,
+    pub(crate) channels: u16,
+    pub(crate) confirm_timeout: Duration,
+    /// The largest body in bytes; falls when the broker says that it takes less.
+    pub(crate) max_payload: Arc<AtomicUsize>,
+}
+
+impl Plan {
+    async fn declare(&self) -> Result<()> {
+        self.topology.declare(&self.live).await?;
+        match &self.target {
+            Target::Topics => Ok(()),
+            Target::DeadLetters(spec) => self.topology.declare_dead_letters(&self.live, spec).await,
+        }
+    }
+}
+
+/// An open session. Dropping it ends it: batches that have not been started are not sent.
+pub(crate) struct Session {
+    queue: mpsc::UnboundedSender<Batch>,
+    shared: Arc<Shared>,
+}
+
+struct Batch {
+    messages: Vec<Message>,
+    answer: oneshot::Sender<Vec<Outcome>>,
+}
+
+struct Shared {
+    plan: Plan,
+    encoder: Encoder,
+    inbox: Mutex<Inbox>,
+    /// Something that was declared is gone.
+    stale: AtomicBool,
+    /// Why the session is over. From then on every message is unknown.
+    end: watch::Sender<Option<End>>,
+}
+
+/// Held from taking a batch until its messages are queued for the broker, so that batches leave in call order.
+struct Inbox {
+    queue: mpsc::UnboundedReceiver<Batch>,
+    declared: HashSet<String>,
+}
+
+#[derive(Clone)]
+struct End(Kind, Arc<str>);
+
+impl Session {
+    /// Declares the topology and opens the channels.
+    pub(crate) async fn open(plan: Plan) -> Result<Self> {
+        plan.declare().await?;
+        let open = (0..plan.channels).map(|_| confirming(&plan.live));
+        let channels = try_join_all(open).await?;
+        let (queue, receiver) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            encoder: Encoder::new(plan.target.clone(), plan.live.frame_max()),
+            inbox: Mutex::new(Inbox {
+                queue: receiver,
+                declared: HashSet::new(),
+            }),
+            stale: AtomicBool::new(false),
+            end: watch::Sender::new(None),
+            plan,
+        });
+        for channel in channels {
+            tokio::spawn(work(Arc::clone(&shared), channel));
+        }
+        Ok(Self { queue, shared })
+    }
+}
+
+impl Publisher for Session {
+    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+        let count = messages.len();
+        if count == 0 {
+            return Box::pin(async { Vec::new() });
+        }
+        let (answer, outcomes) = oneshot::channel();
+        if let Some(end) = self.shared.ended() {
+            return Box::pin(async move { end.outcomes(count) });
+        }
+        // Fails only when the tasks are gone; the answer says so.
+        let _ = self.queue.send(Batch { messages, answer });
+        Box::pin(async move {
+            let lost = || End(Kind::Closed, GONE.into()).outcomes(count);
+            outcomes.await.unwrap_or_else(|_| lost())
+        })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.shared.end(End(
+            Kind::Closed,
+            "the session was dropped by its owner".into(),
+        ));
+    }
+}
+
+impl End {
+    fn outcome(&self) -> Outcome {
+        let text = format!("the session is over: {}", self.1);
+        Outcome::Unknown(Error::new(self.0, "publish", text))
+    }
+
+    fn outcomes(&self, count: usize) -> Vec<Outcome> {
+        (0..count).map(|_| self.outcome()).collect()
+    }
+}
+
+impl Shared {
+    fn ended(&self) -> Option<End> {
+        self.end.borrow().clone()
+    }
+
+    fn end(&self, end: End) {
+        self.end.send_if_modified(|current| {
+            let first = current.is_none();
+            if first {
+                *current = Some(end);
+            }
+            first
+        });
+    }
+
+    /// Makes sure that `messages` may be sent now: waits while the broker blocks the connection, replaces a channel that
+    /// was closed, declares exchanges that are new. Answers which messages cannot be sent, and why.
+    async fn prepare(
+        &self,
+        inbox: &mut Inbox,
+        channel: &mut Channel,
+        messages: &[Message],
+    ) -> Result<Vec<Option<Outcome>>, End> {
+        let mut end = self.end.subscribe();
+        tokio::select! {
+            biased;
+            _ = end.wait_for(Option::is_some) => {}
+            up = self.plan.live.open() => if !up {
+                self.end(End(Kind::Unreachable, "the connection is lost".into()));
+            }
+        }
+        if let Some(end) = self.ended() {
+            return Err(end);
+        }
+        let mut refused: Vec<Option<Outcome>> = messages.iter().map(|_| None).collect();
+        if let Err(e) = self.renew(inbox, channel).await {
+            for slot in &mut refused {
+                *slot = Some(self.not_sent(&e)?);
+            }
+            return Ok(refused);
+        }
+        self.declare_topics(inbox, messages, &mut refused).await?;
+        Ok(refused)
+    }
+
+    /// Makes good what the broker has closed or lost, so that a queue is never missing only because its exchange was
+    /// made anew without it.
+    async fn renew(&self, inbox: &mut Inbox, channel: &mut Channel) -> Result<()> {
+        if self.stale.load(Relaxed) {
+            inbox.declared.clear();
+            self.plan.declare().await?;
+            self.stale.store(false, Relaxed);
+        }
+        if !channel.status().connected() {
+            *channel = confirming(&self.plan.live).await?;
+        }
+        Ok(())
+    }
+
+    async fn declare_topics(
+        &self,
+        inbox: &mut Inbox,
+        messages: &[Message],
+        refused: &mut [Option<Outcome>],
+    ) -> Result<(), End> {
+        if self.plan.target != Target::Topics {
+            return Ok(());
+        }
+        for (at, message) in messages.iter().enumerate() {
+            let topic = &message.topic;
+            if refused[at].is_some() || inbox.declared.contains(topic) || short(topic).is_err() {
+                continue;
+            }
+            let declared = self.plan.topology.declare_exchange(&self.plan.live, topic);
+            match declared.await {
+                Ok(()) => drop(inbox.declared.insert(topic.clone())),
+                Err(e) => {
+                    for (slot, other) in refused.iter_mut().zip(messages) {
+                        if other.topic == *topic {
+                            *slot = Some(self.not_sent(&e)?);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The outcome of a message that was held back because of `error`, or the end of the session.
+    fn not_sent(&self, error: &Error) -> Result<Outcome, End> {
+        if matches!(error.kind(), Kind::Unreachable | Kind::Timeout) {
+            let end = End(error.kind(), error.to_string().into());
+            self.end(end.clone());
+            return Err(end);
+        }
+        let copy = Error::new(error.kind(), "publish", error.to_string());
+        Ok(Outcome::Unavailable(copy))
+    }
+}
+
+/// Serves one channel until the session's handle is dropped.
+async fn work(shared: Arc<Shared>, mut channel: Channel) {
+    loop {
+        let mut inbox = shared.inbox.lock().await;
+        let Some(Batch { messages, answer }) = inbox.queue.recv().await else {
+            return;
+        };
+        let prepared = shared.prepare(&mut inbox, &mut channel, &messages).await;
+        let outcomes = match prepared {
+            Err(end) => end.outcomes(messages.len()),
+            Ok(refused) => {
+                let unwritten = AtomicUsize::new(0);
+                let flight = Flight::start(&shared, &channel, &messages, refused, &unwritten);
+                drop(inbox);
+                flight.land(&shared, &messages, &unwritten).await
+            }
+        };
+        // The owner may have lost interest.
+        let _ = answer.send(outcomes);
+    }
+}
+
+async fn confirming(live: &Live) -> Result<Channel> {
+    let channel = live.channel().await?;
+    let select = channel.confirm_select(ConfirmSelectOptions::default());
+    live.answer("ask for confirms", select).await?;
+    Ok(channel)
+}
+
+enum Step<'a> {
+    Known(Outcome),
+    Waiting(Pin<Box<dyn Future<Output = Answer> + Send + 'a>>),
+    Answered(Answer),
+}
+
+/// One batch between its first publish and its last confirm.
+struct Flight<'a>(Vec<Step<'a>>);
+
+impl<'a> Flight<'a> {
+    /// Queues the messages for the broker, in order.
+    fn start(
+        shared: &Shared,
+        channel: &'a Channel,
+        messages: &'a [Message],
+        refused: Vec<Option<Outcome>>,
+        unwritten: &'a AtomicUsize,
+    ) -> Self {
+        let limit = shared.plan.max_payload.load(Relaxed);
+        let step = |(message, refused): (&'a Message, Option<Outcome>)| {
+            if let Some(outcome) = refused {
+                return Step::Known(outcome);
+            }
+            match shared.encoder.encode(message, limit) {
+                Err(e) => Step::Known(Outcome::Rejected(e)),
+                Ok(wire) => {
+                    let body = message.payload.as_deref().unwrap_or_default();
+                    let mut publish = Box::pin(publish(channel, wire, body, unwritten));
+                    // The first poll queues the frames; the waker comes with the next.
+                    let mut context = Context::from_waker(Waker::noop());
+                    match publish.as_mut().poll(&mut context) {
+                        Poll::Ready(answer) => Step::Answered(answer),
+                        Poll::Pending => Step::Waiting(publish),
+                    }
+                }
+            }
+        };
+        Self(messages.iter().zip(refused).map(step).collect())
+    }
+
+    /// Waits for all confirms.
+    async fn land(
+        mut self,
+        shared: &Shared,
+        messages: &[Message],
+        unwritten: &AtomicUsize,
+    ) -> Vec<Outcome> {
+        let steps = &mut self.0;
+        let all = async {
+            for step in steps.iter_mut() {
+                if let Step::Waiting(confirm) = step {
+                    *step = Step::Answered(confirm.await);
+                }
+            }
+        };
+        let limit = shared.plan.confirm_timeout;
+        if shared.plan.live.within(limit, all).await.is_none() {
+            for step in steps.iter_mut() {
+                if let Step::Waiting(confirm) = step
+                    && let Some(answer) = confirm.now_or_never()
+                {
+                    *step = Step::Answered(answer);
+                }
+            }
+            if unwritten.load(Relaxed) > 0 {
+                // lapin would still send them later, after whoever sends them again.
+                shared.plan.live.cut();
+            }
+        }
+        shared.judge(self.0, messages)
+    }
+}
+
+async fn publish(channel: &Channel, wire: Wire, body: &[u8], unwritten: &AtomicUsize) -> Answer {
+    let options = BasicPublishOptions {
+        mandatory: true,
+        ..BasicPublishOptions::default()
+    };
+    unwritten.fetch_add(1, Relaxed);
+    let written = channel
+        .basic_publish(wire.exchange, wire.key, options, body, wire.properties)
+        .await;
+    unwritten.fetch_sub(1, Relaxed);
+    let confirmation = written?.await?;
+    let taken = confirmation.is_ack();
+    // The returned body is dropped here.
+    let returned = confirmation.take_message();
+    let id = returned.and_then(|m| m.properties.message_id().clone());
+    Ok((taken, id))
+}
+
+impl Shared {
+    /// What became of each message. Ends the session when that is unknown for any.
+    fn judge(&self, steps: Vec<Step<'_>>, messages: &[Message]) -> Vec<Outcome> {
+        let answers = steps.iter().filter_map(|step| match step {
+            Step::Answered(answer) => Some(answer),
+            _ => None,
+        });
+        let verdict = Verdict::of(answers, self.plan.live.cluster());
+        if let Cause::TooLarge(limit) = verdict.cause {
+            self.plan.max_payload.fetch_min(limit, Relaxed);
+        }
+        let mut end = None;
+        let outcomes = steps.into_iter().zip(messages).map(|(step, message)| {
+            let outcome = match step {
+                Step::Known(outcome) => outcome,
+                Step::Waiting(_) => Outcome::Unknown(Error::new(
+                    Kind::Timeout,
+                    "publish",
+                    format!("no confirm within {:?}", self.plan.confirm_timeout),
+                )),
+                Step::Answered(answer) => {
+                    let taken = answer.ok().map(|(taken, _)| taken);
+                    verdict.on(taken, message, &self.plan.target)
+                }
+            };
+            match &outcome {
+                Outcome::Unknown(e) if end.is_none() => {
+                    end = Some(End(e.kind(), e.to_string().into()));
+                }
+                Outcome::Unavailable(e) if e.kind() == Kind::Missing => {
+                    self.stale.store(true, Relaxed);
+                }
+                _ => {}
+            }
+            outcome
+        });
+        let outcomes = outcomes.collect();
+        if let Some(end) = end {
+            self.end(end);
+        }
+        outcomes
+    }
+}
