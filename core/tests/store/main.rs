@@ -1,0 +1,6 @@
+//! Both stores under one suite.
+
+mod suite;
+
+#[cfg(feature = "sqlite")]
+mod sqlite;
