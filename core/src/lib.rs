@@ -8,6 +8,7 @@ pub mod error;
 mod event;
 pub mod failure;
 pub mod lease;
+pub mod memory;
 mod outbox;
 pub mod relay;
 mod running;

@@ -1,0 +1,3 @@
+//! An event's way from commit to effect, in both worlds.
+
+mod way;
