@@ -41,18 +41,20 @@ by_hand() {
     exit 2
 }
 
-# Debian's maintainer scripts start what they install unless this file says no. One that is already there is not ours.
+# Debian's maintainer scripts start what they install unless this file says no. One that is there already may say yes:
+# it is put aside, and back afterwards.
 forbid_services() {
-    if [ -e "$POLICY" ] && ! grep -qF "$MARK" "$POLICY"; then return; fi
     trap allow_services EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
+    if [ -e "$POLICY" ] && ! grep -qF "$MARK" "$POLICY"; then as_root mv "$POLICY" "$POLICY.before-pillarbox"; fi
     printf '#!/bin/sh\n# %s\nexit 101\n' "$MARK" | as_root tee "$POLICY" >/dev/null
     as_root chmod 755 "$POLICY"
 }
 
 allow_services() {
     if grep -qsF "$MARK" "$POLICY"; then as_root rm -f "$POLICY"; fi
+    if [ -e "$POLICY.before-pillarbox" ]; then as_root mv "$POLICY.before-pillarbox" "$POLICY"; fi
 }
 
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo $ask "$@"; fi; }
