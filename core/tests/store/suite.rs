@@ -265,6 +265,7 @@ macro_rules! exercise {
             inbox::an_undone_event_is_forgotten,
             inbox::the_dead_are_remembered,
             inbox::a_dead_head_is_remembered,
+            inbox::a_dead_letter_put_back_is_applied_once,
             inbox::groups_and_sources_are_apart,
             inbox::a_line_blocks_its_key,
             inbox::the_probe_sees_the_units_own_writes,

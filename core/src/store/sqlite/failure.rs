@@ -66,7 +66,7 @@ pub(super) async fn defer(tx: &mut Transaction, place: &Place, event: &Deferral)
     let query = bind(sqlx::query(sql), place, &event.message)
         .bind(event.position)
         .bind(event.attempts)
-        .bind(event.reason.as_deref())
+        .bind(event.reason.as_deref().map(row::reason))
         .bind(row::micros(event.delay));
     tx.run(query).await.map(drop)
 }
@@ -82,7 +82,7 @@ pub(super) async fn bury(tx: &mut Transaction, place: &Place, event: &DeadLetter
     let query = bind(sqlx::query(sql), place, &event.message)
         .bind(event.position)
         .bind(event.attempts)
-        .bind(event.reason.as_str())
+        .bind(row::reason(&event.reason))
         .bind(event.maybe_sent);
     tx.run(query).await.map(drop)
 }
@@ -108,7 +108,7 @@ pub(super) async fn resolve(
             );
             let query = name(sqlx::query(sql), place, id)
                 .bind(*attempts)
-                .bind(reason.as_str())
+                .bind(row::reason(reason))
                 .bind(row::micros(*delay));
             tx.run(query).await.map(drop)
         }
@@ -123,7 +123,7 @@ pub(super) async fn resolve(
             );
             let query = name(sqlx::query(sql), place, id)
                 .bind(*attempts)
-                .bind(reason.as_str());
+                .bind(row::reason(reason));
             tx.run(query).await?;
             remove(tx, place, id).await
         }

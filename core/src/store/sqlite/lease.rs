@@ -132,8 +132,8 @@ async fn make(tx: &mut Transaction, key: &LeaseKey) -> Result<()> {
     let (columns, values) = match key {
         LeaseKey::Relay { .. } => ("destination, partition", "?5, ?6"),
         LeaseKey::Source { .. } => (
-            "grp, transport, cluster, name, partition, topic, identity",
-            "?5, ?6, ?7, ?8, ?9, ?10, ?11",
+            "grp, transport, cluster, name, partition, identity",
+            "?5, ?6, ?7, ?8, ?9, ?10",
         ),
         LeaseKey::Duty { .. } => ("kind, scope, shard", "?5, ?6, ?7"),
     };
@@ -143,9 +143,7 @@ async fn make(tx: &mut Transaction, key: &LeaseKey) -> Result<()> {
     );
     let mut query = bind(tx.names().sql(&statement), Uuid::nil(), [0; 3], key);
     if let LeaseKey::Source { source, .. } = key {
-        query = query
-            .bind(source.topic.clone())
-            .bind(source.identity.clone());
+        query = query.bind(source.identity.clone());
     }
     tx.run(query).await.map(drop)
 }
@@ -153,7 +151,7 @@ async fn make(tx: &mut Transaction, key: &LeaseKey) -> Result<()> {
 /// The source was made anew: its old positions mean nothing.
 async fn forget(tx: &mut Transaction, key: &LeaseKey, identity: &str) -> Result<()> {
     let statement = format!(
-        "UPDATE {{p}}source SET position = NULL, identity = ?10 WHERE {}",
+        "UPDATE {{p}}source_cursor SET position = NULL, identity = ?10 WHERE {}",
         clause(key)
     );
     let query =
@@ -164,7 +162,7 @@ async fn forget(tx: &mut Transaction, key: &LeaseKey, identity: &str) -> Result<
 fn table(key: &LeaseKey) -> &'static str {
     match key {
         LeaseKey::Relay { .. } => "cursor",
-        LeaseKey::Source { .. } => "source",
+        LeaseKey::Source { .. } => "source_cursor",
         LeaseKey::Duty { .. } => "lease",
     }
 }

@@ -60,8 +60,9 @@ impl Store for Sqlite {
     }
 
     async fn partitions(&self) -> Result<u16> {
-        self.engine.warn_if_unsafe(&self.host).await;
-        schema::partitions(&self.engine).await
+        let partitions = schema::partitions(&self.engine).await?;
+        self.engine.warn_if_unsafe().await;
+        Ok(partitions)
     }
 
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {

@@ -188,17 +188,15 @@ impl Engine {
 
     /// Says so when the host's own connections run with `synchronous = OFF`: then no later write of ours can bring its
     /// commits to the disk, and an event may be published that a power cut undoes.
-    pub(super) async fn warn_if_unsafe(&self, host: &SqlitePool) {
-        if is_memory(&host.connect_options()) {
-            return;
-        }
-        let Some(mut connection) = host.try_acquire() else {
+    pub(super) async fn warn_if_unsafe(&self) {
+        let Some(mut connection) = self.shared.host.try_acquire() else {
             return;
         };
         let level = sqlx::query_scalar::<_, i64>("PRAGMA synchronous")
             .fetch_one(&mut *connection)
             .await;
-        if matches!(level, Ok(0)) {
+        let memory = self.shared.own.get().is_some_and(|own| own.memory);
+        if matches!(level, Ok(0)) && !memory {
             tracing::warn!(
                 "SQLite runs with synchronous = OFF on the host's connections: a power cut can undo events that were \
                  already published; use FULL, or NORMAL at the least"
@@ -271,8 +269,7 @@ impl Transaction {
 
 /// Opens the engine's own pool with the host's options and hooks, in WAL mode and with `synchronous = FULL`.
 async fn open(host: &SqlitePool, operation: &'static str) -> Result<Own> {
-    let options = host.connect_options();
-    if is_memory(&options) {
+    if is_memory(host, operation).await? {
         tracing::info!(
             "a memory database: the engine uses the host's connections, and nothing outlives them"
         );
@@ -281,7 +278,7 @@ async fn open(host: &SqlitePool, operation: &'static str) -> Result<Own> {
             memory: true,
         });
     }
-    let options = (*options)
+    let options = (*host.connect_options())
         .clone()
         .shared_cache(false)
         .journal_mode(SqliteJournalMode::Wal)
@@ -342,13 +339,18 @@ async fn journal_mode(options: &SqliteConnectOptions) -> sqlx::Result<String> {
     mode
 }
 
-fn is_memory(options: &SqliteConnectOptions) -> bool {
-    let name = options.get_filename().to_string_lossy();
-    let url = options.to_url_lossy();
-    name.is_empty()
-        || name.contains(":memory:")
-        || name.contains("mode=memory")
-        || url.query_pairs().any(|(k, v)| k == "mode" && v == "memory")
+/// Whether the database lives in memory. The options keep that to themselves (and their `to_url_lossy` panics on
+/// `:memory:`), so where no file of that name exists, a connection of the host's is asked.
+async fn is_memory(host: &SqlitePool, operation: &'static str) -> Result<bool> {
+    if host.connect_options().get_filename().is_file() {
+        return Ok(false);
+    }
+    let file: Option<String> =
+        sqlx::query_scalar("SELECT file FROM pragma_database_list WHERE name = 'main'")
+            .fetch_one(host)
+            .await
+            .map_err(|e| Error::database(operation, e))?;
+    Ok(file.is_none_or(|f| f.is_empty()))
 }
 
 /// Runs a future in a task of its own, so that the caller's going away does not stop it.

@@ -6,9 +6,13 @@ use std::{
 };
 
 use pillarbox_transport::Message;
+use serde_json::Value;
 use sqlx::{Row as _, sqlite::SqliteRow};
 
 use crate::store::Logged;
+
+/// The longest reason that is kept.
+const REASON_BYTES: usize = 4_000;
 
 /// The columns of the log, as bytes where a plain INSERT may have put anything.
 pub(super) const LOGGED: &str = "position, CAST(created_at AS INTEGER) AS time, CAST(version AS INTEGER) AS version, \
@@ -60,13 +64,12 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
     let key = text("key")?;
     let content_type = text("content_type")?;
     let (headers, attributes) = (text("headers")?, text("attributes")?);
-    let mut map = |column: &str, json: Option<String>| match json.map(|j| object(&j)) {
-        None => BTreeMap::new(),
-        Some(Some(map)) => map,
-        Some(None) => {
-            defect.get_or_insert_with(|| format!("{column} is no JSON object of texts"));
-            BTreeMap::new()
+    let mut map = |column: &str, json: Option<String>| {
+        let (map, wrong) = json.map_or_else(Default::default, |j| object(&j));
+        if let Some(wrong) = wrong {
+            defect.get_or_insert_with(|| format!("{column}: {wrong}"));
         }
+        map
     };
     let headers = map("headers", headers);
     let mut attributes = map("attributes", attributes);
@@ -95,10 +98,13 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
 /// A message that the engine stored itself.
 pub(super) fn message(row: &SqliteRow) -> sqlx::Result<Message> {
     let map = |column: &str| -> sqlx::Result<BTreeMap<String, String>> {
-        object(row.try_get(column)?).ok_or_else(|| sqlx::Error::ColumnDecode {
-            index: column.to_owned(),
-            source: "no JSON object of texts".into(),
-        })
+        match object(row.try_get(column)?) {
+            (map, None) => Ok(map),
+            (_, Some(wrong)) => Err(sqlx::Error::ColumnDecode {
+                index: column.to_owned(),
+                source: wrong.into(),
+            }),
+        }
     };
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(Message {
@@ -113,9 +119,33 @@ pub(super) fn message(row: &SqliteRow) -> sqlx::Result<Message> {
     })
 }
 
-/// A JSON object of texts.
-fn object(json: &str) -> Option<BTreeMap<String, String>> {
-    serde_json::from_str(json).ok()
+/// A JSON object as a map of texts, and what is wrong with it. Numbers and booleans become texts, null is absent.
+fn object(json: &str) -> (BTreeMap<String, String>, Option<String>) {
+    let mut map = BTreeMap::new();
+    let fields = match serde_json::from_str(json) {
+        Ok(Value::Object(fields)) => fields,
+        Ok(_) => return (map, Some("no JSON object".to_owned())),
+        Err(e) => return (map, Some(format!("no JSON: {e}"))),
+    };
+    let mut wrong = None;
+    for (name, value) in fields {
+        let text = match value {
+            Value::String(text) => text,
+            Value::Null => continue,
+            Value::Bool(_) | Value::Number(_) => value.to_string(),
+            Value::Array(_) | Value::Object(_) => {
+                wrong = Some(format!("{name:?} is no text"));
+                continue;
+            }
+        };
+        map.insert(name, text);
+    }
+    (map, wrong)
+}
+
+/// A reason, cut to what is kept.
+pub(super) fn reason(text: &str) -> &str {
+    &text[..text.floor_char_boundary(REASON_BYTES)]
 }
 
 /// A map as JSON.

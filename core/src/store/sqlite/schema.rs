@@ -13,7 +13,7 @@ const OPERATION: &str = "open schema";
 /// Makes what is missing. Its transaction holds the writer's lock, so that others who do the same wait.
 pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
     let tables = tx.names().sql(TABLES);
-    let known = tx.names().table("schema");
+    let known = tx.names().table("installation");
     let exists: bool = sqlx::query_scalar(
         "SELECT count(*) > 0 FROM sqlite_master WHERE type = 'table' AND name = ?",
     )
@@ -24,7 +24,7 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
     if exists {
         let query = tx
             .names()
-            .sql("SELECT version, oldest_program FROM {p}schema");
+            .sql("SELECT version, oldest_program FROM {p}installation");
         let (version, oldest): (i32, i32) = sqlx::query_as(query)
             .fetch_one(tx.connection())
             .await
@@ -39,7 +39,7 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
         .await
         .map_err(|e| tx.failed(e))?;
     let row = tx.names().sql(
-        "INSERT INTO {p}schema (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
+        "INSERT INTO {p}installation (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
          ON CONFLICT (one) DO UPDATE SET version = excluded.version, oldest_program = excluded.oldest_program",
     );
     tx.run(sqlx::query(row).bind(SCHEMA_VERSION).bind(PROGRAM))
@@ -56,7 +56,7 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
 pub(super) async fn partitions(engine: &Engine) -> Result<u16> {
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
-    let query = names.sql("SELECT oldest_program, partitions FROM {p}schema");
+    let query = names.sql("SELECT oldest_program, partitions FROM {p}installation");
     let row: Option<(i32, u16)> = sqlx::query_as(query)
         .fetch_optional(&mut *reader)
         .await

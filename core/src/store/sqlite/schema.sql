@@ -1,7 +1,7 @@
 -- {p} is the prefix, {now} the clock: whole microseconds since 1970 with the resolution of a millisecond, written so
 -- that any SQLite since 3.24 can evaluate it in the defaults of a plain INSERT.
 
-CREATE TABLE IF NOT EXISTS {p}schema (
+CREATE TABLE IF NOT EXISTS {p}installation (
     one            INTEGER PRIMARY KEY CHECK (one = 1),
     version        INTEGER NOT NULL,
     oldest_program INTEGER NOT NULL,
@@ -17,7 +17,8 @@ CREATE TABLE IF NOT EXISTS {p}outbox (
     payload      BLOB,
     content_type TEXT,
     headers      TEXT,
-    deliver_at   INTEGER,
+    -- Refused for now: a row that were sent early would be worse.
+    deliver_at   INTEGER CONSTRAINT deliver_at_is_not_supported_yet CHECK (deliver_at IS NULL),
     id           TEXT NOT NULL DEFAULT (lower(hex(randomblob(4)) || '-' || hex(randomblob(2)) || '-4' ||
                      substr(hex(randomblob(2)), 2) || '-' || substr('89ab', 1 + (random() & 3), 1) ||
                      substr(hex(randomblob(2)), 2) || '-' || hex(randomblob(6)))),
@@ -37,13 +38,12 @@ CREATE TABLE IF NOT EXISTS {p}cursor (
     PRIMARY KEY (destination, partition)
 ) WITHOUT ROWID;
 
-CREATE TABLE IF NOT EXISTS {p}source (
+CREATE TABLE IF NOT EXISTS {p}source_cursor (
     grp        TEXT NOT NULL,
     transport  TEXT NOT NULL,
     cluster    TEXT NOT NULL,
     name       TEXT NOT NULL,
     partition  INTEGER NOT NULL,
-    topic      TEXT NOT NULL,
     identity   TEXT NOT NULL,
     position   INTEGER,
     owner      TEXT,
@@ -122,8 +122,8 @@ CREATE TABLE IF NOT EXISTS {p}inbox (
     source     TEXT NOT NULL,
     id         TEXT NOT NULL,
     slot       INTEGER NOT NULL,
-    state      TEXT NOT NULL CHECK (state IN ('applied', 'dead')),
-    arrived_at INTEGER NOT NULL DEFAULT ({now}),
+    dead       INTEGER NOT NULL DEFAULT 0,
+    arrived    INTEGER NOT NULL DEFAULT ({now}),
     PRIMARY KEY (grp, source, id)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS {p}inbox_arrived ON {p}inbox (arrived_at);
+CREATE INDEX IF NOT EXISTS {p}inbox_arrived ON {p}inbox (arrived);

@@ -54,10 +54,12 @@ impl SqliteUnit {
         }
     }
 
-    /// Writes an inbox row unless there is one; true if it was written.
-    async fn inbox(&mut self, message: &Message, state: &'static str) -> Result<bool> {
+    /// Writes an inbox row. True if the event is to be applied: it is new, or a dead letter that was put back into its line.
+    async fn inbox(&mut self, message: &Message, dead: bool) -> Result<bool> {
         let sql = self.tx.names().sql(
-            "INSERT INTO {p}inbox (grp, source, id, slot, state) VALUES (?1, ?2, ?3, ?4 / ?5, ?6) ON CONFLICT DO NOTHING",
+            "INSERT INTO {p}inbox (grp, source, id, slot, dead) VALUES (?1, ?2, ?3, ?4 / ?5, ?6) \
+             ON CONFLICT (grp, source, id) DO UPDATE SET dead = 0 WHERE dead AND NOT ?6 AND EXISTS ( \
+               SELECT 1 FROM {p}deferred WHERE side = 'consumer' AND scope = ?1 AND source = ?2 AND id = ?3)",
         );
         let query = sqlx::query(sql)
             .bind(self.name.as_str())
@@ -65,7 +67,7 @@ impl SqliteUnit {
             .bind(message.id.as_str())
             .bind(row::instant(message.time))
             .bind(SLOT)
-            .bind(state);
+            .bind(dead);
         Ok(self.tx.run(query).await? > 0)
     }
 
@@ -73,7 +75,7 @@ impl SqliteUnit {
     async fn inbox_of_deferred(&mut self, (source, id): &LineId) -> Result<()> {
         // WHERE also keeps the parser from taking ON for a join.
         let sql = self.tx.names().sql(
-            "INSERT INTO {p}inbox (grp, source, id, slot, state) SELECT scope, source, id, time / ?4, 'dead' \
+            "INSERT INTO {p}inbox (grp, source, id, slot, dead) SELECT scope, source, id, time / ?4, 1 \
              FROM {p}deferred WHERE side = 'consumer' AND scope = ?1 AND source = ?2 AND id = ?3 ON CONFLICT DO NOTHING",
         );
         let query = sqlx::query(sql)
@@ -133,7 +135,7 @@ impl Unit for SqliteUnit {
 
     async fn remember(&mut self, message: &Message) -> Result<bool> {
         self.tx.doing("remember event");
-        self.inbox(message, "applied").await
+        self.inbox(message, false).await
     }
 
     async fn defer(&mut self, event: &Deferral) -> Result<()> {
@@ -146,7 +148,7 @@ impl Unit for SqliteUnit {
         let id = (event.message.source().to_owned(), event.message.id.clone());
         failure::bury(&mut self.tx, &self.group, event).await?;
         failure::remove(&mut self.tx, &self.group, &id).await?;
-        self.inbox(&event.message, "dead").await.map(drop)
+        self.inbox(&event.message, true).await.map(drop)
     }
 
     async fn resolve(&mut self, id: &LineId, resolution: &Resolution) -> Result<()> {

@@ -93,7 +93,7 @@ pub(crate) async fn the_dead_are_remembered(bench: &dyn Bench) {
     consumer.commit(unit).await;
     assert!(!consumer.is_new(&fresh).await);
     assert!(!consumer.is_new(&waiting).await);
-    let dead = "SELECT count(*) FROM {inbox} WHERE state = 'dead'";
+    let dead = "SELECT count(*) FROM {inbox} WHERE dead";
     assert_eq!(bench.number(dead).await, 2);
     assert_eq!(bench.number("SELECT count(*) FROM {deferred}").await, 0);
     assert_eq!(bench.number("SELECT count(*) FROM {dead_letter}").await, 2);
@@ -123,12 +123,37 @@ pub(crate) async fn a_dead_head_is_remembered(bench: &dyn Bench) {
     for m in [&dead, &done] {
         assert!(!consumer.is_new(m).await);
     }
-    let state = "SELECT count(*) FROM {inbox} WHERE state = 'dead'";
+    let state = "SELECT count(*) FROM {inbox} WHERE dead";
     assert_eq!(bench.number(state).await, 1);
     assert_eq!(bench.number("SELECT count(*) FROM {deferred}").await, 0);
     let letters = store.uncopied(GROUP, 5).await.unwrap();
     assert_eq!(letters.len(), 1);
     assert_eq!(letters[0].message.id, dead.id);
+}
+
+pub(crate) async fn a_dead_letter_put_back_is_applied_once(bench: &dyn Bench) {
+    let consumer = Consumer::new(bench).await;
+    let m = message(Some("k"));
+    let mut unit = consumer.begin().await;
+    unit.bury(&letter(&m)).await.unwrap();
+    consumer.commit(unit).await;
+    // As an operator's retry does: out of the dead letters, into the line.
+    bench.execute("DELETE FROM {dead_letter}").await;
+    let mut unit = consumer.begin().await;
+    unit.defer(&deferral(&m)).await.unwrap();
+    consumer.commit(unit).await;
+    for first in [true, false] {
+        let mut unit = consumer.begin().await;
+        unit.savepoint().await.unwrap();
+        assert_eq!(unit.remember(&m).await.unwrap(), first);
+        unit.keep().await.unwrap();
+        consumer.commit(unit).await;
+    }
+    let mut unit = consumer.begin().await;
+    let done = Resolution::Done;
+    unit.resolve(&line_id(&m), &done).await.unwrap();
+    consumer.commit(unit).await;
+    assert!(!consumer.is_new(&m).await);
 }
 
 pub(crate) async fn groups_and_sources_are_apart(bench: &dyn Bench) {

@@ -141,7 +141,7 @@ pub(crate) async fn a_plain_insert_is_read(bench: &dyn Bench) {
     bench
         .execute(
             "INSERT INTO {outbox} (topic, type, key, payload, content_type, headers, version, attributes) \
-             VALUES ('t', 'a.b', '', NULL, 'text/plain', '{\"h\":\"1\"}', 3, '{\"source\":\"sql\"}')",
+             VALUES ('t', 'a.b', '', NULL, 'text/plain', '{\"h\":\"1\",\"n\":2,\"b\":true,\"no\":null}', 3, '{\"source\":\"sql\"}')",
         )
         .await;
     let store = database.store();
@@ -163,13 +163,15 @@ pub(crate) async fn a_plain_insert_is_read(bench: &dyn Bench) {
     assert_eq!(b.message.version(), Some(3));
     assert_eq!(b.message.content_type(), Some("text/plain"));
     assert_eq!(b.message.source(), "sql");
-    assert_eq!(b.message.headers["h"], "1");
+    let headers: Vec<_> = b.message.headers.iter().collect();
+    let headers: Vec<_> = headers.iter().map(|(k, v)| [k.as_str(), v]).collect();
+    assert_eq!(headers, [["b", "true"], ["h", "1"], ["n", "2"]]);
     assert_eq!((&a.defect, &b.defect), (&None, &None));
 }
 
 pub(crate) async fn a_wrong_row_is_a_defect_and_stops_nobody(bench: &dyn Bench) {
     let database = migrated(bench).await;
-    for wrong in [r#"["a"]"#, r#"{"a":1}"#, r#"{"a":{"b":"c"}}"#, r#""a""#] {
+    for wrong in [r#"["a"]"#, r#"{"a":["b"]}"#, r#"{"a":{"b":"c"}}"#, r#""a""#] {
         for column in ["headers", "attributes"] {
             bench
                 .execute(&format!(
