@@ -1,0 +1,175 @@
+//! Servers, databases, queues, and a transport that counts confirms.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::Relaxed},
+};
+
+use async_trait::async_trait;
+use futures_util::{FutureExt, future::BoxFuture};
+use pillarbox::{
+    Outbox, Relay, RelaySettings,
+    transport::{Binding, Message, Outcome, Publisher, Result, Source, Subscription, Transport},
+};
+use pillarbox_amqp::{Amqp, Config, Queue, QueueType};
+use pillarbox_testkit::servers;
+use sqlx::{PgPool, postgres::PgPoolOptions};
+use tokio::sync::Notify;
+
+use crate::Measured;
+
+pub(crate) const TOPIC: &str = "bench.events";
+pub(crate) const KIND: &str = "bench.tick";
+pub(crate) const QUEUE: &str = "bench.queue";
+
+/// A fresh database and a fresh vhost.
+pub(crate) struct Stage {
+    pub(crate) database_url: String,
+    pub(crate) amqp_url: String,
+    pub(crate) pool: PgPool,
+}
+
+impl Stage {
+    pub(crate) async fn new() -> Measured<Self> {
+        let database_url = servers::postgres().await?.create_database().await?;
+        let amqp_url = servers::rabbitmq().await?.create_vhost().await?;
+        let pool = PgPoolOptions::new()
+            .max_connections(8)
+            .connect(&database_url)
+            .await?;
+        pillarbox::migrate(&pool).await?;
+        Ok(Self {
+            database_url,
+            amqp_url,
+            pool,
+        })
+    }
+
+    /// Commits a backlog by plain SQL: payloads of `bytes`, `keys` keys in turn.
+    pub(crate) async fn fill(&self, events: u32, bytes: u32, keys: u32) -> Measured<()> {
+        let sql = "INSERT INTO pillarbox.outbox (topic, type, key, payload, content_type)
+                   SELECT $1, $2, 'key-' || (n % $3), convert_to(rpad(n::text, $4, '.'), 'UTF8'), 'text/plain'
+                   FROM generate_series(1, $5) n ORDER BY n";
+        let (keys, bytes, events) = (
+            keys.cast_signed(),
+            bytes.cast_signed(),
+            events.cast_signed(),
+        );
+        sqlx::query(sql)
+            .bind(TOPIC)
+            .bind(KIND)
+            .bind(keys)
+            .bind(bytes)
+            .bind(events)
+            .execute(&self.pool)
+            .await?;
+        sqlx::query("VACUUM ANALYZE pillarbox.outbox")
+            .execute(&self.pool)
+            .await?;
+        Ok(())
+    }
+}
+
+/// RabbitMQ with one queue, and this many publishing channels in each session.
+pub(crate) fn amqp(url: &str, queue_type: QueueType, channels: u16) -> Measured<Amqp> {
+    let mut config = Config::new(url);
+    config.channels = channels;
+    config.queue_type = queue_type;
+    config
+        .queues
+        .insert(QUEUE.to_owned(), Queue::new(TOPIC, "bench", [KIND]));
+    Ok(Amqp::new(config)?)
+}
+
+/// A relay whose partitions share `in_flight` among them.
+pub(crate) fn relay(outbox: &Outbox, transport: Arc<dyn Transport>, in_flight: usize) -> Relay {
+    let mut settings = RelaySettings::default();
+    settings.window.in_flight = in_flight / 4;
+    Relay::new(outbox, transport)
+        .source("bench")
+        .settings(settings)
+}
+
+/// Counts what the broker has confirmed.
+pub(crate) struct Counting {
+    inner: Arc<dyn Transport>,
+    count: Arc<Count>,
+}
+
+/// How many, and a signal when there are enough.
+pub(crate) struct Count {
+    stored: AtomicU64,
+    wanted: u64,
+    reached: Notify,
+}
+
+impl Counting {
+    pub(crate) fn new(inner: impl Transport, wanted: u64) -> (Arc<Self>, Arc<Count>) {
+        let count = Arc::new(Count {
+            stored: AtomicU64::new(0),
+            wanted,
+            reached: Notify::new(),
+        });
+        (
+            Arc::new(Self {
+                inner: Arc::new(inner),
+                count: count.clone(),
+            }),
+            count,
+        )
+    }
+}
+
+impl Count {
+    pub(crate) async fn reached(&self) {
+        self.reached.notified().await;
+    }
+}
+
+#[async_trait]
+impl Transport for Counting {
+    fn kind(&self) -> &'static str {
+        self.inner.kind()
+    }
+    async fn publisher(&self) -> Result<Box<dyn Publisher>> {
+        Ok(Box::new(CountingPublisher {
+            inner: self.inner.publisher().await?,
+            count: self.count.clone(),
+        }))
+    }
+    async fn bind(&self, binding: &Binding) -> Result<Vec<Source>> {
+        self.inner.bind(binding).await
+    }
+    async fn subscribe(
+        &self,
+        source: &Source,
+        group: &str,
+        from: Option<u64>,
+    ) -> Result<Box<dyn Subscription>> {
+        self.inner.subscribe(source, group, from).await
+    }
+    async fn dead_letters(&self, topic: &str, group: &str) -> Result<Box<dyn Publisher>> {
+        self.inner.dead_letters(topic, group).await
+    }
+}
+
+struct CountingPublisher {
+    inner: Box<dyn Publisher>,
+    count: Arc<Count>,
+}
+
+impl Publisher for CountingPublisher {
+    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+        let count = self.count.clone();
+        let answers = self.inner.publish(messages);
+        let counted = answers.map(move |outcomes| {
+            let stored = outcomes.iter().filter(|o| o.is_stored()).count() as u64;
+            let before = count.stored.fetch_add(stored, Relaxed);
+            if before < count.wanted && before + stored >= count.wanted {
+                count.reached.notify_one();
+            }
+            outcomes
+        });
+        counted.boxed()
+    }
+}
