@@ -1,14 +1,28 @@
 //! The log, cursors, leases, exceptions and inbox in PostgreSQL.
+//!
+//! Everything runs on a few connections of the engine's own, in tasks of their own. Not here: what the engine decides. The
+//! store knows no broker and counts no attempts.
 
-use std::time::Duration;
+mod engine;
+mod failure;
+mod lease;
+mod log;
+mod row;
+mod schema;
+mod unit;
+
+use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
-use pillarbox_transport::Message;
 use sqlx::PgPool;
 
+use self::{
+    engine::{Commit, DEADLINE, Engine, to_its_end},
+    unit::Work,
+};
 use super::{Gate, Slice, Store, Unit, Waiting};
 use crate::{
-    connection::{Connection, Pool},
+    connection::Pool,
     cursor::Progress,
     error::Result,
     event::Key,
@@ -17,51 +31,98 @@ use crate::{
 };
 
 /// The store over a PostgreSQL pool.
-pub(crate) struct Postgres {
-    pool: PgPool,
-    schema: String,
+pub(crate) struct Postgres(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    engine: Engine,
+    schema: schema::Statements,
+    lease: lease::Statements,
+    log: log::Statements,
+    failure: failure::Statements,
+    unit: unit::Statements,
 }
 
 impl Postgres {
-    /// The schema's name is checked by the caller.
+    /// The schema's name is checked by the caller. Does not connect.
     pub(crate) fn new(pool: PgPool, schema: &str) -> Self {
-        Self {
-            pool,
-            schema: schema.to_owned(),
-        }
+        Self(Arc::new(Inner {
+            name: schema.to_owned(),
+            engine: Engine::new(pool, schema),
+            schema: schema::Statements::new(schema),
+            lease: lease::Statements::new(schema),
+            log: log::Statements::new(schema),
+            failure: failure::Statements::new(schema),
+            unit: unit::Statements::new(schema),
+        }))
+    }
+
+    fn inner(&self) -> Arc<Inner> {
+        Arc::clone(&self.0)
+    }
+
+    /// Work under a lease: of no use after its term.
+    async fn held<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        to_its_end(operation, self.0.engine.term().term(), work).await
     }
 }
 
 #[async_trait]
-#[allow(clippy::unimplemented, unused_variables)]
 impl Store for Postgres {
     fn pool(&self) -> Option<Pool> {
-        Some(Pool::Postgres(self.pool.clone()))
+        Some(Pool::Postgres(self.0.engine.host().clone()))
     }
+
     fn schema(&self) -> &str {
-        &self.schema
+        &self.0.name
     }
+
     async fn migrate(&self, partitions: u16) -> Result<()> {
-        unimplemented!()
+        let inner = self.inner();
+        let work = async move { inner.migrate(partitions).await };
+        to_its_end("migrate", schema::PATIENCE, work).await
     }
+
     async fn partitions(&self) -> Result<u16> {
-        unimplemented!()
+        let inner = self.inner();
+        let work = async move { inner.partitions().await };
+        to_its_end("look at the schema", DEADLINE, work).await
     }
+
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
-        unimplemented!()
+        let (inner, key) = (self.inner(), key.clone());
+        let work = async move { inner.acquire(&key, term).await };
+        to_its_end("acquire lease", term.term(), work).await
     }
+
     async fn renew(&self, lease: &Lease, term: LeaseTerm) -> Result<()> {
-        unimplemented!()
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.renew(&lease, term).await };
+        to_its_end("renew lease", term.term(), work).await
     }
+
     async fn release(&self, lease: &Lease) -> Result<()> {
-        unimplemented!()
+        let (inner, lease) = (self.inner(), lease.clone());
+        self.held("release lease", async move { inner.release(&lease).await })
+            .await
     }
+
     async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice> {
-        unimplemented!()
+        let (inner, from) = (self.inner(), from.clone());
+        let work = async move { inner.read(partition, &from, limit).await };
+        to_its_end("read the log", DEADLINE, work).await
     }
+
     async fn flush(&self, lease: &Lease, gate: &Gate) -> Result<()> {
-        unimplemented!()
+        let (inner, lease, gate) = (self.inner(), lease.clone(), gate.clone());
+        let work = async move { inner.flush(&lease, &gate).await };
+        self.held("wait for the disk", work).await
     }
+
     async fn settle(
         &self,
         lease: &Lease,
@@ -69,20 +130,42 @@ impl Store for Postgres {
         term: LeaseTerm,
         durable: bool,
     ) -> Result<()> {
-        unimplemented!()
+        let (inner, lease, progress) = (self.inner(), lease.clone(), progress.clone());
+        let commit = Commit::durable(durable);
+        let work = async move { inner.settle(&lease, &progress, term, commit).await };
+        to_its_end("settle", term.term(), work).await
     }
+
     async fn settle_source(&self, lease: &Lease, position: u64, term: LeaseTerm) -> Result<()> {
-        unimplemented!()
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.settle_source(&lease, position, term).await };
+        to_its_end("settle source", term.term(), work).await
     }
+
     async fn defer(&self, lease: &Lease, events: &[Deferral]) -> Result<()> {
-        unimplemented!()
+        let (inner, lease, events) = (self.inner(), lease.clone(), events.to_vec());
+        self.held("defer", async move { inner.defer(&lease, &events).await })
+            .await
     }
+
     async fn bury(&self, lease: &Lease, events: &[DeadLetter]) -> Result<()> {
-        unimplemented!()
+        let (inner, lease, events) = (self.inner(), lease.clone(), events.to_vec());
+        self.held(
+            "dead-letter",
+            async move { inner.bury(&lease, &events).await },
+        )
+        .await
     }
+
     async fn lines(&self, lease: &Lease, limit: u32) -> Result<Vec<Line>> {
-        unimplemented!()
+        let (inner, lease) = (self.inner(), lease.clone());
+        self.held(
+            "look for lines",
+            async move { inner.lines(&lease, limit).await },
+        )
+        .await
     }
+
     async fn line(
         &self,
         lease: &Lease,
@@ -90,21 +173,43 @@ impl Store for Postgres {
         id: &LineId,
         limit: u32,
     ) -> Result<Vec<Deferred>> {
-        unimplemented!()
+        let (inner, lease, key, id) = (self.inner(), lease.clone(), key.cloned(), id.clone());
+        let work = async move { inner.line(&lease, key.as_ref(), &id, limit).await };
+        self.held("read a line", work).await
     }
+
     async fn resolve(&self, lease: &Lease, id: &LineId, resolution: &Resolution) -> Result<()> {
-        unimplemented!()
+        let (inner, lease) = (self.inner(), lease.clone());
+        let (id, resolution) = (id.clone(), resolution.clone());
+        let work = async move { inner.resolve(&lease, &id, &resolution).await };
+        self.held("end an attempt", work).await
     }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
-        unimplemented!()
+        let (inner, scope) = (self.inner(), scope.to_owned());
+        let work = async move { inner.waiting(side, &scope).await };
+        to_its_end("count what waits", DEADLINE, work).await
     }
+
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {
-        unimplemented!()
+        let (inner, group) = (self.inner(), group.to_owned());
+        let work = async move { Work::begin(inner, &group, term, durable).await };
+        let unit = to_its_end("begin", term.term(), work).await?;
+        Ok(Box::new(unit))
     }
+
     async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>> {
-        unimplemented!()
+        let (inner, group) = (self.inner(), group.to_owned());
+        let work = async move { inner.uncopied(&group, limit).await };
+        to_its_end("look for dead letters to copy", DEADLINE, work).await
     }
+
     async fn copied(&self, lease: &Lease, ids: &[LineId]) -> Result<()> {
-        unimplemented!()
+        let (inner, lease, ids) = (self.inner(), lease.clone(), ids.to_vec());
+        self.held(
+            "note copies",
+            async move { inner.copied(&lease, &ids).await },
+        )
+        .await
     }
 }
