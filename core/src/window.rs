@@ -13,12 +13,18 @@ use std::collections::{BTreeSet, HashMap, VecDeque, hash_map};
 
 use crate::event::Key;
 
+#[cfg(test)]
+mod tests;
+
 /// The bounds of a window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Most events between the settled prefix and the newest: what a fault can repeat.
     pub unsettled: usize,
-    /// Most bytes of these events.
+    /// Most events held in memory: those of them that are not confirmed themselves. What waits behind a slow event and
+    /// is confirmed already costs next to nothing.
+    pub held: usize,
+    /// Most bytes of the events held.
     pub bytes: usize,
     /// Most events in flight.
     pub in_flight: usize,
@@ -72,6 +78,7 @@ pub struct Window<T> {
     entries: VecDeque<Entry<T>>,
     /// The number of the first entry.
     first: Seq,
+    held: usize,
     bytes: usize,
     in_flight: usize,
     keys: HashMap<Key, KeyState>,
@@ -87,6 +94,7 @@ impl<T> Window<T> {
             limits,
             entries: VecDeque::new(),
             first: 0,
+            held: 0,
             bytes: 0,
             in_flight: 0,
             keys: HashMap::new(),
@@ -95,15 +103,23 @@ impl<T> Window<T> {
         }
     }
 
-    /// How many more events it takes now. One event fits however large it is, if the window is empty.
+    /// How many more events it takes now. One event fits however large it is, if nothing is held.
     #[must_use]
     pub fn room(&self) -> usize {
-        let full = self.bytes >= self.limits.bytes && !self.entries.is_empty();
-        if full {
-            0
-        } else {
-            self.limits.unsettled.saturating_sub(self.entries.len())
+        if self.room_bytes() == 0 && self.held > 0 {
+            return 0;
         }
+        let held = self.limits.held.saturating_sub(self.held);
+        self.limits
+            .unsettled
+            .saturating_sub(self.entries.len())
+            .min(held)
+    }
+
+    /// How many more bytes it takes now.
+    #[must_use]
+    pub fn room_bytes(&self) -> usize {
+        self.limits.bytes.saturating_sub(self.bytes)
     }
 
     /// Events between the prefix and the newest.
@@ -161,6 +177,7 @@ impl<T> Window<T> {
             generation: 0,
         });
         self.bytes += size;
+        self.held += 1;
         match (state, key) {
             (State::Deferring, _) => drop(self.to_defer.insert(seq)),
             (_, Some(key)) => self.refresh(&key),
@@ -374,9 +391,7 @@ impl<T> Window<T> {
             .front()
             .is_some_and(|e| e.state == State::Settled)
         {
-            if let Some(entry) = self.entries.pop_front() {
-                self.bytes -= entry.size;
-            }
+            self.entries.pop_front();
             last = Some(self.first);
             self.first += 1;
         }
@@ -389,7 +404,10 @@ impl<T> Window<T> {
         };
         entry.state = State::Settled;
         entry.item = None;
-        let Some(key) = entry.key.take() else { return };
+        let (key, size) = (entry.key.take(), entry.size);
+        self.held -= 1;
+        self.bytes -= size;
+        let Some(key) = key else { return };
         if let Some(of_key) = self.keys.get_mut(&key) {
             of_key.queue.retain(|other| *other != seq);
         }

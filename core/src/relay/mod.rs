@@ -31,7 +31,8 @@ pub struct RelaySettings {
     pub batch: u32,
     /// Most events handed to the broker in one call. Defaults to 256.
     pub publish: usize,
-    /// The bounds of each partition's window. Default to 10,000 events or 64 MiB unsettled, 1,024 in flight, 1 of each key.
+    /// The bounds of each partition's window. Default to 10,000 events unsettled, 2,500 events and 16 MiB of them held in
+    /// memory, 1,024 in flight, 1 of each key.
     pub window: window::Limits,
     /// How often an idle relay looks, and a busy one. Default to 100 ms and 5 ms.
     pub idle_poll: Duration,
@@ -55,7 +56,8 @@ impl Default for RelaySettings {
             publish: 256,
             window: window::Limits {
                 unsettled: 10_000,
-                bytes: 64 << 20,
+                held: 2_500,
+                bytes: 16 << 20,
                 in_flight: 1_024,
                 per_key: 1,
             },

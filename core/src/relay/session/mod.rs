@@ -32,6 +32,8 @@ use crate::{
 
 /// Deferred rows written at a time.
 const DEFERRALS: usize = 500;
+/// Bytes of an event, before one was seen.
+const TYPICAL: usize = 64 << 10;
 /// Most lines looked at when a partition is taken over; the maximum of deferred events bounds them.
 const LINES: u32 = 1_000_000;
 
@@ -78,6 +80,8 @@ struct Session<'a> {
 
     reading: bool,
     from: Progress,
+    /// Bytes of an event, as the last ones were.
+    typical: usize,
     poll_at: Instant,
     poll: Duration,
     read_backoff: Backoff,
@@ -149,6 +153,7 @@ impl<'a> Session<'a> {
             paused: HashMap::new(),
             reading: false,
             from: acquired.progress,
+            typical: TYPICAL,
             poll_at: now,
             poll: core.settings.busy_poll,
             read_backoff: Backoff::connection(),
@@ -229,7 +234,7 @@ impl<'a> Session<'a> {
         if self.draining {
             return next;
         }
-        if !self.reading && self.window.room() > 0 {
+        if !self.reading && self.wants_more() {
             if self.poll_at <= now {
                 self.read()
             } else {
