@@ -1,6 +1,7 @@
 //! The engine of Pillarbox. Use it through the package `pillarbox`.
 
 mod backoff;
+pub mod config;
 pub mod connection;
 pub mod consumer;
 pub mod cursor;
@@ -17,6 +18,7 @@ pub mod store;
 mod wake;
 pub mod window;
 
+pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Failure, Handler};
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,247 @@
+//! What a program makes of its configuration.
+
+use std::{collections::BTreeMap, fmt, sync::Arc};
+
+use figment::value::{Dict, Value};
+use pillarbox_transport::{Limits, Transport};
+use serde::{Deserialize, de::DeserializeOwned};
+
+use super::{
+    MAIN, TABLES,
+    problem::{Scope, misspelt},
+    store::{StoreSettings, StoreTable},
+    tables::{self, ConsumerTable, OutboxTable, RelayTable, RetryTable},
+    transport::TransportSettings,
+};
+use crate::{
+    connection::Database,
+    consumer::{Consumer, ConsumerSettings},
+    error::Result,
+    failure::Retry,
+    outbox::Outbox,
+    relay::{Relay, RelaySettings},
+};
+
+/// Tables of later versions: refused, because whoever writes one relies on it.
+const LATER: [&str; 2] = ["console", "telemetry"];
+
+/// Checked settings of one program or of one service in it.
+///
+/// `Debug` shows no secret.
+#[derive(Clone, Default)]
+#[non_exhaustive]
+pub struct Settings {
+    /// `[store]`: the database.
+    pub store: StoreSettings,
+    /// `[transport]`: the broker.
+    pub transport: TransportSettings,
+    /// `[relay]`: bounds and rhythms of the relay.
+    pub relay: RelaySettings,
+    /// `[consumer]`: bounds and rhythms of consumers.
+    pub consumer: ConsumerSettings,
+    /// `[retry]`: the schedule for both.
+    pub retry: Retry,
+    /// `[outbox]`: who the events are from, and how large they may be.
+    pub outbox: OutboxSettings,
+    /// `[types."NAME"]`: what is said about single event types.
+    pub types: BTreeMap<String, TypeSettings>,
+    /// `[topics."NAME"]`: what is said about single topics.
+    pub topics: BTreeMap<String, TopicSettings>,
+    /// `[destinations.NAME]`; `main` alone in this version.
+    pub destinations: BTreeMap<String, DestinationSettings>,
+    host: Host,
+}
+
+/// `[outbox]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OutboxSettings {
+    /// The CloudEvents source of events that name none; consumers remember events by source and id. Defaults to none.
+    pub source: Option<String>,
+    /// The sizes that events may have. Defaults to [`Limits::default`].
+    pub limits: Limits,
+}
+
+/// `[types."NAME"]`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TypeSettings {
+    /// What becomes of an event that the broker has nowhere to put. Defaults to [`Unrouted::Wait`].
+    pub unrouted: Unrouted,
+}
+
+/// What becomes of an event that no queue and no group wants.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unrouted {
+    /// It is tried again by the schedule, and then becomes a dead letter.
+    #[default]
+    Wait,
+    /// It needs no consumer, and counts as sent.
+    Accept,
+}
+
+/// `[topics."NAME"]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TopicSettings {
+    /// Unconfirmed events of one key at most. Defaults to 1, the only number in this version.
+    pub in_flight_per_key: u32,
+}
+
+/// `[destinations.NAME]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DestinationSettings {
+    /// The topics that go there; events of others count as settled. Defaults to all topics.
+    pub topics: Option<Vec<String>>,
+}
+
+/// What is not the engine's.
+#[derive(Clone, Default)]
+struct Host {
+    scope: Scope,
+    rest: Dict,
+}
+
+impl Settings {
+    pub(super) fn build(scope: Scope, mut all: Dict) -> Result<Self> {
+        let mut ours: BTreeMap<&str, Value> = BTreeMap::new();
+        for name in TABLES {
+            if let Some(value) = all.remove(name) {
+                ours.insert(name, value);
+            }
+        }
+        if let Some(name) = LATER.into_iter().find(|name| ours.contains_key(name)) {
+            let expected = "no such table: this version does not read it yet";
+            return Err(scope.wrong(&[name], "a table", expected));
+        }
+        if let Some((name, near)) = misspelt(&all) {
+            return Err(scope.misspelt(name, near));
+        }
+        let reader = Reader { scope, ours };
+        Ok(Self {
+            store: {
+                let table = reader.read::<StoreTable>("store")?;
+                let built = StoreSettings::build(table, reader.scope.clone());
+                reader.scope.judge("store", built)?
+            },
+            transport: match reader.ours.get("transport") {
+                Some(value) => TransportSettings::read(value, reader.scope.clone())?,
+                None => TransportSettings::none(reader.scope.clone()),
+            },
+            relay: reader.build("relay", RelayTable::build)?,
+            consumer: reader.build("consumer", ConsumerTable::build)?,
+            retry: reader.build("retry", RetryTable::build)?,
+            outbox: reader.build("outbox", OutboxTable::build)?,
+            types: reader.build("types", tables::types)?,
+            topics: reader.build("topics", tables::topics)?,
+            destinations: reader.build("destinations", tables::destinations)?,
+            host: Host {
+                scope: reader.scope,
+                rest: all,
+            },
+        })
+    }
+
+    /// What is left when the engine's tables are taken out: the program's own, such as `[http] listen`.
+    ///
+    /// Give the type `#[serde(deny_unknown_fields)]`, and a misspelt key is an error that names the nearest known one.
+    ///
+    /// # Errors
+    /// [`Kind::Configuration`](crate::Kind::Configuration) names the file or environment variable, the key, what was
+    /// found and what was expected. Values whose key speaks of a URL, password, secret or token are not shown.
+    ///
+    /// ```
+    /// use pillarbox_core::Config;
+    /// #[derive(serde::Deserialize)] struct Program { http: Http }
+    /// #[derive(serde::Deserialize)] struct Http { listen: std::net::SocketAddr }
+    ///
+    /// let config = Config::parse("[orders.http]\nlisten = '127.0.0.1:8081'")?;
+    /// let program: Program = config.at("orders")?.host()?;
+    /// assert_eq!(program.http.listen.port(), 8081);
+    /// # Ok::<(), pillarbox_core::Error>(())
+    /// ```
+    pub fn host<T: DeserializeOwned>(&self) -> Result<T> {
+        let rest = Value::from(self.host.rest.clone());
+        self.host.scope.read(&[], &rest)
+    }
+
+    /// The event types that need no consumer, for [`Relay::accept_unrouted`].
+    #[must_use]
+    pub fn accept_unrouted(&self) -> Vec<String> {
+        let accepted = self.types.iter();
+        let accepted = accepted.filter(|(_, t)| t.unrouted == Unrouted::Accept);
+        accepted.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// An outbox in this database, with the limits of `[outbox]`.
+    #[must_use]
+    pub fn new_outbox(&self, database: impl Into<Database>) -> Outbox {
+        Outbox::new(database).with_limits(self.outbox.limits.clone())
+    }
+
+    /// A relay with everything that is said about it: `[relay]`, `[retry]`, `[outbox] source`, `[types]` and
+    /// `[destinations.main]`.
+    pub fn new_relay(&self, outbox: &Outbox, transport: Arc<dyn Transport>) -> Relay {
+        let mut relay = Relay::new(outbox, transport)
+            .settings(self.relay.clone())
+            .retry(self.retry.clone())
+            .accept_unrouted(self.accept_unrouted());
+        if let Some(source) = &self.outbox.source {
+            relay = relay.source(source);
+        }
+        let main = self.destinations.get(MAIN);
+        match main.and_then(|d| d.topics.clone()) {
+            Some(topics) => relay.topics(topics),
+            None => relay,
+        }
+    }
+
+    /// A consumer of `group` with `[consumer]` and `[retry]`, whose handlers enqueue into `outbox`.
+    pub fn new_consumer(
+        &self,
+        outbox: &Outbox,
+        transport: Arc<dyn Transport>,
+        group: impl Into<String>,
+    ) -> Consumer {
+        Consumer::new(outbox.database(), transport, group)
+            .outbox(outbox)
+            .settings(self.consumer.clone())
+            .retry(self.retry.clone())
+    }
+}
+
+impl fmt::Debug for Settings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Settings")
+            .field("store", &self.store)
+            .field("transport", &self.transport)
+            .field("relay", &self.relay)
+            .field("consumer", &self.consumer)
+            .field("retry", &self.retry)
+            .field("outbox", &self.outbox)
+            .field("types", &self.types)
+            .field("topics", &self.topics)
+            .field("destinations", &self.destinations)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Reader {
+    scope: Scope,
+    ours: BTreeMap<&'static str, Value>,
+}
+
+impl Reader {
+    fn read<T: DeserializeOwned + Default>(&self, table: &str) -> Result<T> {
+        match self.ours.get(table) {
+            Some(value) => self.scope.read(&[table], value),
+            None => Ok(T::default()),
+        }
+    }
+
+    fn build<T: DeserializeOwned + Default, S>(
+        &self,
+        table: &str,
+        build: impl FnOnce(T) -> Result<S, super::problem::Wrong>,
+    ) -> Result<S> {
+        self.scope.judge(table, build(self.read(table)?))
+    }
+}

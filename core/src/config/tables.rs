@@ -1,0 +1,392 @@
+//! The tables as they are written, one struct each, and the checks that make settings of them. No I/O.
+
+use std::{collections::BTreeMap, fmt::Display, time::Duration};
+
+use humantime_serde::re::humantime::format_duration;
+use pillarbox_transport::{Limits, limits::NAME_BYTES};
+use serde::{Deserialize, de::IgnoredAny};
+
+use super::{
+    problem::Wrong,
+    settings::{DestinationSettings, OutboxSettings, TopicSettings, TypeSettings, Unrouted},
+};
+use crate::{
+    consumer::ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings, window,
+};
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const MINUTE: Duration = Duration::from_secs(60);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// `[relay]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RelayTable {
+    #[serde(with = "humantime_serde")]
+    lease: Duration,
+    batch: u32,
+    publish: usize,
+    unsettled: usize,
+    held: usize,
+    held_bytes: usize,
+    in_flight: usize,
+    #[serde(with = "humantime_serde")]
+    idle_poll: Duration,
+    #[serde(with = "humantime_serde")]
+    busy_poll: Duration,
+    #[serde(with = "humantime_serde")]
+    settle: Duration,
+    deferred: u64,
+    deferred_per_key: u64,
+    #[serde(with = "humantime_serde")]
+    drain: Duration,
+}
+
+impl Default for RelayTable {
+    fn default() -> Self {
+        // Taken apart whole, so that a new setting cannot be forgotten here.
+        let RelaySettings {
+            lease,
+            batch,
+            publish,
+            window,
+            idle_poll,
+            busy_poll,
+            settle,
+            deferred,
+            deferred_per_key,
+            drain,
+        } = RelaySettings::default();
+        Self {
+            lease: lease.term(),
+            batch,
+            publish,
+            unsettled: window.unsettled,
+            held: window.held,
+            held_bytes: window.bytes,
+            in_flight: window.in_flight,
+            idle_poll,
+            busy_poll,
+            settle,
+            deferred,
+            deferred_per_key,
+            drain,
+        }
+    }
+}
+
+impl RelayTable {
+    pub(super) fn build(self) -> Result<RelaySettings, Wrong> {
+        let unsettled = within("unsettled", self.unsettled, 1, 1_000_000)?;
+        Ok(RelaySettings {
+            lease: lease(self.lease)?,
+            batch: within("batch", self.batch, 1, 10_000)?,
+            publish: within("publish", self.publish, 1, 10_000)?,
+            window: window::Limits {
+                unsettled,
+                held: within("held", self.held, 1, 1_000_000)?,
+                bytes: within("held_bytes", self.held_bytes, 1 << 20, 1 << 30)?,
+                in_flight: within("in_flight", self.in_flight, 1, 100_000)?,
+                // Set for each topic.
+                per_key: 1,
+            },
+            idle_poll: lasting("idle_poll", self.idle_poll, MILLISECOND, MINUTE)?,
+            busy_poll: lasting("busy_poll", self.busy_poll, MILLISECOND, MINUTE)?,
+            settle: lasting("settle", self.settle, MILLISECOND, Duration::from_secs(10))?,
+            deferred: within("deferred", self.deferred, 1, 1_000_000)?,
+            deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
+            drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,
+        })
+    }
+}
+
+/// `[consumer]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct ConsumerTable {
+    #[serde(with = "humantime_serde")]
+    lease: Duration,
+    batch: usize,
+    deferred: u64,
+    deferred_per_key: u64,
+    #[serde(with = "humantime_serde")]
+    drain: Duration,
+}
+
+impl Default for ConsumerTable {
+    fn default() -> Self {
+        let ConsumerSettings {
+            lease,
+            batch,
+            deferred,
+            deferred_per_key,
+            drain,
+        } = ConsumerSettings::default();
+        Self {
+            lease: lease.term(),
+            batch,
+            deferred,
+            deferred_per_key,
+            drain,
+        }
+    }
+}
+
+impl ConsumerTable {
+    pub(super) fn build(self) -> Result<ConsumerSettings, Wrong> {
+        Ok(ConsumerSettings {
+            lease: lease(self.lease)?,
+            batch: within("batch", self.batch, 1, 10_000)?,
+            deferred: within("deferred", self.deferred, 1, 1_000_000)?,
+            deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
+            drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,
+        })
+    }
+}
+
+/// `[retry]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RetryTable {
+    delays: Vec<humantime_serde::Serde<Duration>>,
+    jitter: f64,
+}
+
+impl Default for RetryTable {
+    fn default() -> Self {
+        let Retry { delays, jitter } = Retry::default();
+        Self {
+            delays: delays.into_iter().map(Into::into).collect(),
+            jitter,
+        }
+    }
+}
+
+impl RetryTable {
+    pub(super) fn build(self) -> Result<Retry, Wrong> {
+        let count = self.delays.len();
+        if count > 32 {
+            return Err(Wrong::new(
+                "delays",
+                format!("{count} delays"),
+                "32 at most",
+            ));
+        }
+        let delays = self
+            .delays
+            .into_iter()
+            .map(humantime_serde::Serde::into_inner);
+        let delays = delays.map(|d| lasting("delays", d, MILLISECOND, DAY));
+        Ok(Retry {
+            delays: delays.collect::<Result<_, _>>()?,
+            jitter: within("jitter", self.jitter, 0.0, 1.0)?,
+        })
+    }
+}
+
+/// `[outbox]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct OutboxTable {
+    source: Option<String>,
+    payload_limit: usize,
+    key_limit: usize,
+    header_limit: usize,
+    header_name_limit: usize,
+    header_bytes_limit: usize,
+}
+
+impl Default for OutboxTable {
+    fn default() -> Self {
+        let Limits {
+            payload,
+            key,
+            headers,
+            header_name,
+            header_bytes,
+        } = Limits::default();
+        Self {
+            source: None,
+            payload_limit: payload,
+            key_limit: key,
+            header_limit: headers,
+            header_name_limit: header_name,
+            header_bytes_limit: header_bytes,
+        }
+    }
+}
+
+impl OutboxTable {
+    pub(super) fn build(self) -> Result<OutboxSettings, Wrong> {
+        if let Some(source) = &self.source {
+            let good = (1..=255).contains(&source.len())
+                && !source.chars().any(|c| c.is_whitespace() || c.is_control());
+            if !good {
+                let found = format!("{} bytes", source.len());
+                let expected = "1 to 255 bytes without spaces, such as \"inventory-service\"";
+                return Err(Wrong::new("source", found, expected));
+            }
+        }
+        Ok(OutboxSettings {
+            source: self.source,
+            limits: Limits {
+                payload: within("payload_limit", self.payload_limit, 1, 128 << 20)?,
+                key: within("key_limit", self.key_limit, 1, 16_384)?,
+                headers: within("header_limit", self.header_limit, 16, 1_024)?,
+                header_name: within("header_name_limit", self.header_name_limit, 8, 255)?,
+                // AMQP puts all headers into one frame of at most 128 KiB.
+                header_bytes: within("header_bytes_limit", self.header_bytes_limit, 1_024, 65_536)?,
+            },
+        })
+    }
+}
+
+/// `[types."NAME"]`.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct TypeTable {
+    unrouted: Unrouted,
+}
+
+/// `[topics."NAME"]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct TopicTable {
+    in_flight_per_key: u32,
+}
+
+impl Default for TopicTable {
+    fn default() -> Self {
+        Self {
+            in_flight_per_key: 1,
+        }
+    }
+}
+
+/// `[destinations.NAME]`.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct DestinationTable {
+    topics: Option<Vec<String>>,
+    start: Option<IgnoredAny>,
+    transport: Option<IgnoredAny>,
+}
+
+pub(super) fn types(
+    tables: BTreeMap<String, TypeTable>,
+) -> Result<BTreeMap<String, TypeSettings>, Wrong> {
+    let build = |(name, table): (String, TypeTable)| {
+        event_name(&name).map_err(|w| w.below(&name))?;
+        let settings = TypeSettings {
+            unrouted: table.unrouted,
+        };
+        Ok((name, settings))
+    };
+    tables.into_iter().map(build).collect()
+}
+
+pub(super) fn topics(
+    tables: BTreeMap<String, TopicTable>,
+) -> Result<BTreeMap<String, TopicSettings>, Wrong> {
+    let build = |(name, table): (String, TopicTable)| {
+        event_name(&name).map_err(|w| w.below(&name))?;
+        let found = table.in_flight_per_key;
+        if found != 1 {
+            let expected = "1: with more, an event that fails alone would let later ones of its key overtake it";
+            return Err(Wrong::new("in_flight_per_key", found, expected).below(&name));
+        }
+        let settings = TopicSettings {
+            in_flight_per_key: found,
+        };
+        Ok((name, settings))
+    };
+    tables.into_iter().map(build).collect()
+}
+
+pub(super) fn destinations(
+    tables: BTreeMap<String, DestinationTable>,
+) -> Result<BTreeMap<String, DestinationSettings>, Wrong> {
+    const ONE: &str = "[destinations.main] alone: this version has one destination";
+    let build = |(name, table): (String, DestinationTable)| {
+        if name != super::MAIN {
+            let found = format!("a destination {name:?}");
+            return Err(Wrong {
+                path: vec![name],
+                found,
+                expected: ONE.into(),
+            });
+        }
+        for (key, is_given) in [
+            ("start", table.start.is_some()),
+            ("transport", table.transport.is_some()),
+        ] {
+            if is_given {
+                let text = "nothing: this version does not support it yet";
+                return Err(Wrong::new(key, "a value", text).below(&name));
+            }
+        }
+        if table.topics.as_ref().is_some_and(Vec::is_empty) {
+            let expected = "one topic at least, or no such key for all topics";
+            return Err(Wrong::new("topics", "an empty list", expected).below(&name));
+        }
+        for (index, topic) in table.topics.iter().flatten().enumerate() {
+            event_name(topic)
+                .map_err(|w| w.below(&index.to_string()).below("topics").below(&name))?;
+        }
+        let settings = DestinationSettings {
+            topics: table.topics,
+        };
+        Ok((name, settings))
+    };
+    tables.into_iter().map(build).collect()
+}
+
+/// The name of a type or topic, for which no event would ever be let through otherwise.
+fn event_name(name: &str) -> Result<(), Wrong> {
+    let good = name.len() <= NAME_BYTES
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+        && !name.split('.').any(str::is_empty);
+    if good {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(64).collect();
+    Err(Wrong {
+        path: Vec::new(),
+        found: format!("the name {shown:?}"),
+        expected: format!("1 to {NAME_BYTES} letters, digits, '_', '-', in parts joined by '.'"),
+    })
+}
+
+fn lease(found: Duration) -> Result<LeaseTerm, Wrong> {
+    lasting("lease", found, LeaseTerm::SHORTEST, LeaseTerm::LONGEST).map(LeaseTerm::new)
+}
+
+pub(super) fn lasting(
+    key: &str,
+    found: Duration,
+    least: Duration,
+    most: Duration,
+) -> Result<Duration, Wrong> {
+    match (least..=most).contains(&found) {
+        true => Ok(found),
+        false => {
+            let expected = format!("{} to {}", format_duration(least), format_duration(most));
+            Err(Wrong::new(key, format_duration(found), expected))
+        }
+    }
+}
+
+pub(super) fn within<T: PartialOrd + Display>(
+    key: &str,
+    found: T,
+    least: T,
+    most: T,
+) -> Result<T, Wrong> {
+    // No number is within, not even where it is not a number.
+    match found >= least && found <= most {
+        true => Ok(found),
+        false => Err(Wrong::new(key, found, format!("{least} to {most}"))),
+    }
+}

@@ -1,0 +1,122 @@
+//! `[transport]`: which broker, and what its adapter reads for itself. Knows no adapter.
+
+use std::{collections::BTreeMap, fmt};
+
+use figment::value::{Dict, Value};
+use serde::de::DeserializeOwned;
+
+use super::problem::{Scope, is_table, list, nearest, refuse};
+use crate::error::{Error, Result};
+
+/// `[transport]`: the word that selects the broker, and a table for each broker that is spoken about.
+///
+/// The tables stay as they are written: `[transport.amqp]` is read by the adapter for AMQP. Only the selected one is
+/// read, so that a file may speak of several brokers and choose by `kind`. `Debug` shows no content.
+#[derive(Clone, Default)]
+pub struct TransportSettings {
+    kind: Option<String>,
+    tables: BTreeMap<String, Value>,
+    scope: Scope,
+}
+
+impl TransportSettings {
+    /// The transport for one process, which needs no further settings.
+    #[must_use]
+    pub fn memory() -> Self {
+        Self {
+            kind: Some("memory".to_owned()),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn none(scope: Scope) -> Self {
+        Self {
+            scope,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn read(value: &Value, scope: Scope) -> Result<Self> {
+        let mut tables: Dict = scope.read(&["transport"], value)?;
+        let kind = match tables.remove("kind") {
+            Some(kind) => Some(scope.read(&["transport", "kind"], &kind)?),
+            None => None,
+        };
+        if let Some((key, _)) = tables.iter().find(|(_, v)| !is_table(v)) {
+            let path = ["transport".to_owned(), key.clone()];
+            return Err(scope.unknown(&path, ["kind"].into_iter(), false));
+        }
+        Ok(Self {
+            kind,
+            tables,
+            scope,
+        })
+    }
+
+    /// The word that selects the broker.
+    ///
+    /// # Errors
+    /// [`Kind::Configuration`](crate::Kind::Configuration): none is given, or none of `known`; the text names the nearest.
+    /// So does one for a table that belongs to none of `known`.
+    pub fn kind(&self, known: &[&str]) -> Result<&str> {
+        let quoted: Vec<_> = known.iter().map(|k| format!("{k:?}")).collect();
+        let known_list = list(&quoted.iter().map(String::as_str).collect::<Vec<_>>());
+        let Some(kind) = &self.kind else {
+            return Err(self.scope.wrong(
+                &["transport"],
+                "no kind",
+                format_args!("kind = {known_list}"),
+            ));
+        };
+        if !known.contains(&kind.as_str()) {
+            let hint = nearest(kind, known.iter().copied());
+            let hint = hint
+                .map(|n| format!(" (did you mean {n:?}?)"))
+                .unwrap_or_default();
+            let found = match kind.contains("://") {
+                true => "a URL (not shown)".to_owned(),
+                false => format!("{:?}", kind.chars().take(60).collect::<String>()),
+            };
+            return Err(self.scope.wrong(
+                &["transport", "kind"],
+                found,
+                format_args!("{known_list}{hint}"),
+            ));
+        }
+        match self.tables.keys().find(|t| !known.contains(&t.as_str())) {
+            Some(table) => {
+                let path = ["transport".to_owned(), table.clone()];
+                let keys = known.iter().copied().chain(["kind"]);
+                Err(self.scope.unknown(&path, keys, false))
+            }
+            None => Ok(kind),
+        }
+    }
+
+    /// Reads the table of one kind, `[transport.KIND]`; where there is none, an empty one.
+    ///
+    /// # Errors
+    /// [`Kind::Configuration`](crate::Kind::Configuration) names the file or environment variable, the key, what was
+    /// found and what was expected; for an unknown key, the nearest known one. No secret is shown.
+    pub fn table<T: DeserializeOwned>(&self, kind: &str) -> Result<T> {
+        let empty = Value::from(Dict::new());
+        let value = self.tables.get(kind).unwrap_or(&empty);
+        self.scope.read(&["transport", kind], value)
+    }
+
+    /// An error about `[transport.KIND]`, with where that stands.
+    #[must_use]
+    pub fn refuse(&self, kind: &str, reason: &str) -> Error {
+        let path = ["transport".to_owned(), kind.to_owned()];
+        refuse(self.scope.sentence(&path, format_args!("{reason}")))
+    }
+}
+
+impl fmt::Debug for TransportSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TransportSettings")
+            .field("kind", &self.kind)
+            .field("tables", &self.tables.keys().collect::<Vec<_>>())
+            .finish()
+    }
+}
