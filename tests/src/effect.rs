@@ -1,11 +1,17 @@
 use std::{
     borrow::Cow,
-    sync::{Arc, Mutex},
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
-use pillarbox_core::{Connection, Context, Database, Delivery, Event, Failure, Handler, Pool};
+use futures_util::future::BoxFuture;
+use pillarbox_core::{Connection, Context, Database, Delivery, Event, Failure, Handler};
+use pillarbox_transport::Message;
 use serde::{Deserialize, Serialize};
-use sqlx::Row as _;
+use uuid::Uuid;
+
+use crate::{TOPIC, tables};
 
 /// The tests' event: the n-th of its key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -24,24 +30,56 @@ impl Tick {
             n,
         }
     }
+
+    /// Without a key.
+    #[must_use]
+    pub fn keyless(n: u32) -> Self {
+        Self { key: None, n }
+    }
+
+    /// As a message of `kind` that did not pass through an outbox's typed side.
+    #[must_use]
+    pub fn message(&self, kind: &str) -> Message {
+        let payload = serde_json::to_vec(self).expect("JSON");
+        let message = Message::new(Uuid::now_v7().to_string(), TOPIC, kind, payload)
+            .with_attribute("datacontenttype", "application/json");
+        Message {
+            key: self.key.clone(),
+            ..message
+        }
+    }
 }
 
 impl Event for Tick {
     const TYPE: &'static str = "test.tick";
-    const TOPIC: &'static str = "test.events";
+    const TOPIC: &'static str = TOPIC;
     fn key(&self) -> Option<Cow<'_, str>> {
         self.key.as_deref().map(Into::into)
     }
 }
 
-type Judge = dyn Fn(&Delivery<Tick>) -> Result<(), Failure> + Send + Sync;
+type Act = dyn for<'a> Fn(&'a Delivery<Tick>, Connection<'a>) -> BoxFuture<'a, Result<(), Failure>>
+    + Send
+    + Sync;
+
+/// One call of a handler, whether it was committed or not.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// The event's key, `""` without one.
+    pub key: String,
+    /// Its number.
+    pub n: u32,
+    /// Failed attempts before.
+    pub attempts: u32,
+    /// When.
+    pub at: Instant,
+}
 
 /// Writes each tick into the table `effect`, and then does as it is told.
 #[derive(Clone)]
 pub struct TickHandler {
-    judge: Arc<Judge>,
-    /// Every call, committed or not: (key, n, failed attempts before).
-    pub calls: Arc<Mutex<Vec<(String, u32, u32)>>>,
+    act: Arc<Act>,
+    calls: Arc<Mutex<Vec<Call>>>,
 }
 
 impl TickHandler {
@@ -54,10 +92,39 @@ impl TickHandler {
     pub fn judging(
         judge: impl Fn(&Delivery<Tick>) -> Result<(), Failure> + Send + Sync + 'static,
     ) -> Self {
+        Self::acting(move |delivery, _| {
+            let verdict = judge(delivery);
+            Box::pin(async move { verdict })
+        })
+    }
+
+    /// Does `act` after the effect was written, in the same transaction.
+    pub fn acting(
+        act: impl for<'a> Fn(&'a Delivery<Tick>, Connection<'a>) -> BoxFuture<'a, Result<(), Failure>>
+        + Send
+        + Sync
+        + 'static,
+    ) -> Self {
         Self {
-            judge: Arc::new(judge),
+            act: Arc::new(act),
             calls: Arc::default(),
         }
+    }
+
+    /// Every call so far, committed or not.
+    pub fn calls(&self) -> Vec<Call> {
+        self.lock().clone()
+    }
+
+    /// The calls for one event.
+    pub fn calls_of(&self, key: &str, n: u32) -> Vec<Call> {
+        let mut calls = self.calls();
+        calls.retain(|c| c.key == key && c.n == n);
+        calls
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Call>> {
+        self.calls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -69,33 +136,38 @@ impl Default for TickHandler {
 
 impl Handler<Tick> for TickHandler {
     async fn handle(&self, d: Delivery<Tick>, cx: &mut Context<'_>) -> Result<(), Failure> {
-        let key = d.event.key.clone().unwrap_or_default();
-        self.calls
-            .lock()
-            .expect("no panic")
-            .push((key.clone(), d.event.n, d.attempts));
-        let (id, n) = (d.message.id.clone(), i64::from(d.event.n));
-        match cx.tx() {
-            Connection::Postgres(c) => {
-                let insert = "INSERT INTO effect (event_id, key, n) VALUES ($1, $2, $3)";
-                sqlx::query(insert)
-                    .bind(id)
-                    .bind(key)
-                    .bind(n)
-                    .execute(c)
-                    .await?;
-            }
-            Connection::Sqlite(c) => {
-                let insert = "INSERT INTO effect (event_id, key, n) VALUES (?1, ?2, ?3)";
-                sqlx::query(insert)
-                    .bind(id)
-                    .bind(key)
-                    .bind(n)
-                    .execute(c)
-                    .await?;
-            }
+        self.lock().push(Call {
+            key: d.event.key.clone().unwrap_or_default(),
+            n: d.event.n,
+            attempts: d.attempts,
+            at: Instant::now(),
+        });
+        write(&d, cx.tx()).await?;
+        (self.act)(&d, cx.tx()).await
+    }
+}
+
+async fn write(d: &Delivery<Tick>, connection: Connection<'_>) -> sqlx::Result<()> {
+    let key = d.event.key.clone().unwrap_or_default();
+    let (id, n) = (d.message.id.clone(), i64::from(d.event.n));
+    macro_rules! insert {
+        ($connection:expr, $sql:literal) => {
+            sqlx::query($sql)
+                .bind(id)
+                .bind(key)
+                .bind(n)
+                .execute($connection)
+                .await
+                .map(drop)
+        };
+    }
+    match connection {
+        Connection::Postgres(c) => {
+            insert!(c, "INSERT INTO effect (event_id, key, n) VALUES ($1, $2, $3)")
         }
-        (self.judge)(&d)
+        Connection::Sqlite(c) => {
+            insert!(c, "INSERT INTO effect (event_id, key, n) VALUES (?1, ?2, ?3)")
+        }
     }
 }
 
@@ -112,40 +184,43 @@ pub struct Ticked {
 
 /// No unique constraint: an effect that happened twice must show.
 pub(crate) async fn create_table(database: &Database) {
-    match database.pool() {
-        Some(Pool::Postgres(pool)) => {
-            let sql = "CREATE TABLE IF NOT EXISTS effect (seq bigserial PRIMARY KEY, event_id text, key text, n bigint)";
-            sqlx::query(sql).execute(&pool).await.expect("a table");
-        }
-        Some(Pool::Sqlite(pool)) => {
-            let sql = "CREATE TABLE IF NOT EXISTS effect (seq INTEGER PRIMARY KEY, event_id TEXT, key TEXT, n INTEGER)";
-            sqlx::query(sql).execute(&pool).await.expect("a table");
-        }
-        None => {}
-    }
+    let seq = if tables::is_postgres(database) {
+        "bigserial"
+    } else {
+        "INTEGER"
+    };
+    let sql = format!(
+        "CREATE TABLE IF NOT EXISTS effect (seq {seq} PRIMARY KEY, event_id text, key text, n bigint)"
+    );
+    tables::query(database, &sql).await;
 }
 
 /// The committed effects, in the order in which they happened.
 pub async fn effects(database: &Database) -> Vec<Ticked> {
-    const SQL: &str = "SELECT event_id, key, n FROM effect ORDER BY seq";
-    macro_rules! rows {
-        ($pool:expr) => {
-            sqlx::query(SQL)
-                .fetch_all(&$pool)
-                .await
-                .expect("effects")
-                .iter()
-                .map(|r| Ticked {
-                    id: r.get(0),
-                    key: r.get(1),
-                    n: u32::try_from(r.get::<i64, _>(2)).expect("a number"),
-                })
-                .collect()
-        };
+    try_effects(database).await.expect("effects")
+}
+
+async fn try_effects(database: &Database) -> sqlx::Result<Vec<Ticked>> {
+    let sql = "SELECT event_id, key, CAST(n AS TEXT) FROM effect ORDER BY seq";
+    let ticked = |row: Vec<Option<String>>| {
+        let text = |i: usize| row[i].clone().unwrap_or_default();
+        Ticked {
+            id: text(0),
+            key: text(1),
+            n: text(2).parse().expect("a number"),
+        }
+    };
+    let rows = tables::try_query(database, sql).await?;
+    Ok(rows.into_iter().map(ticked).collect())
+}
+
+/// The numbers of each key, in the given order.
+pub fn numbers_by_key<'a>(
+    pairs: impl IntoIterator<Item = (&'a str, u32)>,
+) -> BTreeMap<String, Vec<u32>> {
+    let mut numbers = BTreeMap::<String, Vec<u32>>::new();
+    for (key, n) in pairs {
+        numbers.entry(key.to_owned()).or_default().push(n);
     }
-    match database.pool() {
-        Some(Pool::Postgres(pool)) => rows!(pool),
-        Some(Pool::Sqlite(pool)) => rows!(pool),
-        None => Vec::new(),
-    }
+    numbers
 }

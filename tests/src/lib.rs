@@ -1,11 +1,19 @@
 //! What the end-to-end tests share: the two worlds that every test body runs in, an event, and a handler whose effects
 //! can be counted.
+//!
+//! What a test believes comes from plain SQL ([`tables`]) and a raw AMQP client ([`wire`]), never from the engine.
 
+pub mod counts;
 mod effect;
+pub mod ledger;
+pub mod node;
+pub mod one_world;
+pub mod tables;
+pub mod wire;
 mod world;
 
-pub use effect::{Tick, TickHandler, Ticked, effects};
-pub use world::{Kind, World, until};
+pub use effect::{Call, Tick, TickHandler, Ticked, effects, numbers_by_key};
+pub use world::{Kind, QUEUE, TOPIC, World, amqp_config, connect, open, until};
 
 /// Runs one body in both worlds: SQLite with the in-process transport, PostgreSQL with RabbitMQ.
 #[macro_export]
@@ -26,4 +34,51 @@ macro_rules! in_both_worlds {
             }
         }
     )+};
+}
+
+/// Runs a body on PostgreSQL and RabbitMQ alone. Its name stands in [`one_world::CASES`], with the reason.
+#[macro_export]
+macro_rules! on_servers_alone {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {$(
+        mod $name {
+            $(#[$doc])*
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn servers() {
+                $crate::one_world::assert_listed(stringify!($name), $crate::Kind::Servers);
+                if let Some(world) = $crate::World::servers().await {
+                    super::$name(world).await;
+                }
+            }
+        }
+    )+};
+}
+
+/// Runs a body on SQLite and `memory` alone. Its name stands in [`one_world::CASES`], with the reason.
+#[macro_export]
+macro_rules! embedded_alone {
+    ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {$(
+        mod $name {
+            $(#[$doc])*
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn embedded() {
+                $crate::one_world::assert_listed(stringify!($name), $crate::Kind::Embedded);
+                super::$name($crate::World::embedded().await).await;
+            }
+        }
+    )+};
+}
+
+/// Whether the long cases run: many seeds, many rounds (`make soak`).
+#[must_use]
+pub fn is_soak() -> bool {
+    std::env::var("PILLARBOX_SOAK").is_ok_and(|v| !matches!(v.as_str(), "" | "0" | "false"))
+}
+
+/// A test's seed, shown when the test fails. `PILLARBOX_SEED` repeats one.
+#[must_use]
+pub fn seed() -> u64 {
+    let given = std::env::var("PILLARBOX_SEED").ok();
+    let seed = given.map_or_else(rand::random, |text| text.parse().expect("a number"));
+    eprintln!("PILLARBOX_SEED={seed}");
+    seed
 }

@@ -1,0 +1,174 @@
+//! The child program that chaos tests kill: what it is told, what it says, and the parent's handle on it.
+
+use std::{
+    process::Stdio,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncRead, BufReader},
+    process::{Child, Command},
+    sync::watch,
+};
+
+use crate::World;
+
+/// What a child runs. Both databases and no broker: everything on `memory`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Task {
+    /// Runs a relay from here.
+    pub producer: Option<String>,
+    /// Runs a consumer into here.
+    pub consumer: Option<String>,
+    /// The broker; none for `memory`.
+    pub amqp: Option<String>,
+    /// The consumer's group.
+    pub group: String,
+    /// The leases' term.
+    pub lease_ms: u64,
+    /// Acknowledgements are announced (`holds ID`) and never sent.
+    pub hold_acks: bool,
+    /// What the handler takes for each event.
+    pub work_ms: u64,
+}
+
+impl Task {
+    /// Relay and consumer of a world.
+    #[must_use]
+    pub fn both(world: &World) -> Self {
+        Self {
+            producer: Some(world.urls.0.clone()),
+            consumer: Some(world.urls.1.clone()),
+            amqp: world.amqp_url.clone(),
+            group: world.group.clone(),
+            lease_ms: 1_000,
+            hold_acks: false,
+            work_ms: 0,
+        }
+    }
+
+    /// The relay alone.
+    #[must_use]
+    pub fn relay(world: &World) -> Self {
+        Self {
+            consumer: None,
+            ..Self::both(world)
+        }
+    }
+
+    /// The consumer alone.
+    #[must_use]
+    pub fn consumer(world: &World) -> Self {
+        Self {
+            producer: None,
+            ..Self::both(world)
+        }
+    }
+}
+
+/// A running child. Killed when it is dropped.
+pub struct Node {
+    child: Child,
+    said: Arc<Said>,
+}
+
+#[derive(Default)]
+struct Said {
+    text: Mutex<String>,
+    more: watch::Sender<()>,
+}
+
+impl Said {
+    fn lock(&self) -> MutexGuard<'_, String> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn read(self: Arc<Self>, from: impl AsyncRead + Unpin) {
+        let mut lines = BufReader::new(from).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            let mut text = self.lock();
+            text.push_str(&line);
+            text.push('\n');
+            drop(text);
+            self.more.send_replace(());
+        }
+    }
+}
+
+impl Node {
+    /// Starts `program` (`env!("CARGO_BIN_EXE_pillarbox-test-node")`).
+    #[must_use]
+    pub fn start(program: &str, task: &Task) -> Self {
+        let mut child = Command::new(program)
+            .arg(serde_json::to_string(task).expect("JSON"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("a child");
+        let said = Arc::new(Said::default());
+        tokio::spawn(said.clone().read(child.stdout.take().expect("a pipe")));
+        tokio::spawn(said.clone().read(child.stderr.take().expect("a pipe")));
+        Self { child, said }
+    }
+
+    /// All that it has said, on both outputs.
+    #[must_use]
+    pub fn said(&self) -> String {
+        self.said.lock().clone()
+    }
+
+    /// Waits until it has said this.
+    ///
+    /// # Panics
+    /// After a minute, with what it said instead.
+    pub async fn says(&self, what: &str) {
+        let mut more = self.said.more.subscribe();
+        let heard = async {
+            while !self.said.lock().contains(what) {
+                // The sender lives as long as this value.
+                let _ = more.changed().await;
+            }
+        };
+        let heard = tokio::time::timeout(Duration::from_secs(60), heard).await;
+        assert!(heard.is_ok(), "no {what:?} in:\n{}", self.said());
+    }
+
+    /// SIGKILL; returns when it is gone.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.expect("a kill");
+    }
+
+    /// SIGTERM: drains. Returns whether it ended well.
+    pub async fn end(&mut self) -> bool {
+        self.signal(Signal::TERM);
+        let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
+        ended.expect("it ends within a minute").expect("an exit").success()
+    }
+
+    /// Waits until it ends by itself, and answers whether that was well.
+    pub async fn ended(&mut self) -> bool {
+        let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
+        ended.expect("it ends within a minute").expect("an exit").success()
+    }
+
+    /// SIGSTOP: it stands still, its connections stay open.
+    pub fn freeze(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn thaw(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let id = self.child.id().and_then(|id| i32::try_from(id).ok());
+        let pid = id.and_then(Pid::from_raw).expect("a running child");
+        kill_process(pid, signal).expect("a signal");
+    }
+}
