@@ -284,7 +284,11 @@ fn shown(actual: &Actual, secret: bool) -> String {
     }
 }
 
-fn cut(text: &str) -> String {
+/// A text as it may be shown.
+pub(super) fn cut(text: &str) -> String {
+    if text.contains("://") {
+        return "(not shown)".to_owned();
+    }
     match text.char_indices().nth(SHOWN) {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),

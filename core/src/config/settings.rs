@@ -25,6 +25,9 @@ use crate::{
 /// Tables of later versions: refused, because whoever writes one relies on it.
 const LATER: [&str; 2] = ["console", "telemetry"];
 
+/// Tables whose keys are names of the program's own, each with a table.
+const NAMED: [&str; 3] = ["types", "topics", "destinations"];
+
 /// Checked settings of one program or of one service in it.
 ///
 /// `Debug` shows no secret.
@@ -232,8 +235,23 @@ struct Reader {
 impl Reader {
     fn read<T: DeserializeOwned + Default>(&self, table: &str) -> Result<T> {
         match self.ours.get(table) {
-            Some(value) => self.scope.read(&[table], value),
+            Some(value) => {
+                self.is_table(&[table], value)?;
+                self.scope.read(&[table], value)
+            }
             None => Ok(T::default()),
+        }
+    }
+
+    /// serde would take a list for a struct, its items in the order of the fields.
+    fn is_table(&self, path: &[&str], value: &Value) -> Result<()> {
+        match value {
+            Value::Array(..) => Err(self.scope.wrong(path, "a list", "a table")),
+            Value::Dict(_, below) if NAMED.contains(path.last().unwrap_or(&"")) => {
+                let mut below = below.iter();
+                below.try_for_each(|(name, value)| self.is_table(&[path, &[name]].concat(), value))
+            }
+            _ => Ok(()),
         }
     }
 

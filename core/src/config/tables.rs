@@ -7,7 +7,7 @@ use pillarbox_transport::{Limits, limits::NAME_BYTES};
 use serde::{Deserialize, de::IgnoredAny};
 
 use super::{
-    problem::Wrong,
+    problem::{Wrong, cut},
     settings::{DestinationSettings, OutboxSettings, TopicSettings, TypeSettings, Unrouted},
 };
 use crate::{
@@ -226,6 +226,11 @@ impl OutboxTable {
                 let expected = "1 to 255 bytes without spaces, such as \"inventory-service\"";
                 return Err(Wrong::new("source", found, expected));
             }
+            // It travels with every event.
+            if source.contains("://") && source.contains('@') {
+                let expected = "a name that everybody may see";
+                return Err(Wrong::new("source", "a URL with '@' (not shown)", expected));
+            }
         }
         Ok(OutboxSettings {
             source: self.source,
@@ -351,10 +356,9 @@ fn event_name(name: &str) -> Result<(), Wrong> {
     if good {
         return Ok(());
     }
-    let shown: String = name.chars().take(64).collect();
     Err(Wrong {
         path: Vec::new(),
-        found: format!("the name {shown:?}"),
+        found: format!("the name {:?}", cut(name)),
         expected: format!("1 to {NAME_BYTES} letters, digits, '_', '-', in parts joined by '.'"),
     })
 }

@@ -38,10 +38,14 @@ impl TransportSettings {
 
     pub(super) fn read(value: &Value, scope: Scope) -> Result<Self> {
         let mut tables: Dict = scope.read(&["transport"], value)?;
-        let kind = match tables.remove("kind") {
+        let kind: Option<String> = match tables.remove("kind") {
             Some(kind) => Some(scope.read(&["transport", "kind"], &kind)?),
             None => None,
         };
+        if kind.as_deref().is_some_and(|kind| !is_word(kind)) {
+            let found = "a text that is no word (not shown)";
+            return Err(scope.wrong(&["transport", "kind"], found, "a word such as \"amqp\""));
+        }
         if let Some((key, _)) = tables.iter().find(|(_, v)| !is_table(v)) {
             let path = ["transport".to_owned(), key.clone()];
             return Err(scope.unknown(&path, ["kind"].into_iter(), false));
@@ -73,13 +77,9 @@ impl TransportSettings {
             let hint = hint
                 .map(|n| format!(" (did you mean {n:?}?)"))
                 .unwrap_or_default();
-            let found = match kind.contains("://") {
-                true => "a URL (not shown)".to_owned(),
-                false => format!("{:?}", kind.chars().take(60).collect::<String>()),
-            };
             return Err(self.scope.wrong(
                 &["transport", "kind"],
-                found,
+                format_args!("{kind:?}"),
                 format_args!("{known_list}{hint}"),
             ));
         }
@@ -119,4 +119,12 @@ impl fmt::Debug for TransportSettings {
             .field("tables", &self.tables.keys().collect::<Vec<_>>())
             .finish()
     }
+}
+
+/// Whether it may be shown: a URL may not.
+fn is_word(kind: &str) -> bool {
+    kind.len() <= 30
+        && kind
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b))
 }

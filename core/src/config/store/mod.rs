@@ -11,7 +11,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Deserializer};
 
 use super::{
-    problem::{Scope, Wrong, nearest},
+    problem::{Scope, Wrong, cut, nearest},
     tables::{lasting, within},
 };
 use crate::{
@@ -119,7 +119,7 @@ impl StoreSettings {
     /// # Errors
     /// [`Kind::Unavailable`] when the database cannot be reached or does not answer in time;
     /// [`Kind::Configuration`] when it refuses the user or has no such database, and for a URL that is none. The text
-    /// names the database (host, port and name, or the file), never the password. [`Kind::Invalid`] for the schema's name.
+    /// names the database (host, port and name, or the file), never the password.
     pub async fn open(&self) -> Result<Database> {
         let url = self.current_url().await?;
         let url = url.expose_secret();
@@ -139,7 +139,10 @@ impl StoreSettings {
             }
             _ => return Err(self.wrong("a text that is no URL (not shown)", FORMS)),
         };
-        let database = Database::in_schema(pool.clone(), &self.schema)?;
+        let database = Database::in_schema(pool.clone(), &self.schema).map_err(|_| {
+            let expected = "a lower-case letter or '_', then lower-case letters, digits or '_', 63 characters at most";
+            self.scope.wrong(&["store", "schema"], format_args!("{:?}", cut(&self.schema)), expected)
+        })?;
         self.reach(pool).await?;
         Ok(database)
     }

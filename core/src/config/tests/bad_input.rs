@@ -91,6 +91,10 @@ fn an_unknown_key_is_placed_and_the_nearest_named() {
         "shop.toml, line 2: retry.foo: this key is unknown, expected delays or jitter",
     );
     says(
+        "transport.kind = 'amqp://u:canary@h'",
+        "shop.toml, line 1: transport.kind: found a text that is no word (not shown), expected a word such as \"amqp\"",
+    );
+    says(
         "[transport]\nkint = 'memory'",
         "shop.toml, line 2: transport.kint: this key is unknown; did you mean kind?",
     );
@@ -465,10 +469,6 @@ fn the_transports_word_is_checked_against_those_that_there_are() {
             "transport.kind = 'amqp'\n[transport.ampq]\nurl = 'amqp://u:canary@h'",
             "shop.toml, line 2: transport.ampq: this key is unknown; did you mean amqp?",
         ),
-        (
-            "transport.kind = 'amqp://u:canary@h'",
-            "shop.toml, line 1: transport.kind: found a URL (not shown), expected \"memory\" or \"amqp\"",
-        ),
     ] {
         let transport = config(file, &[]).unwrap().settings().unwrap().transport;
         let text = transport.kind(&known).unwrap_err().to_string();
@@ -534,8 +534,7 @@ fn no_error_shows_a_password() {
         });
         if let Err(text) = read {
             refused += 1;
-            let own = text.replace("canary@db\": this key", "");
-            assert!(!own.contains("canary"), "{file}\n→ {text}");
+            assert!(!text.contains("canary"), "{file}\n→ {text}");
         }
     }
     assert!(refused > 1_000, "{refused}");
