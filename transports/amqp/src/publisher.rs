@@ -57,12 +57,13 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    async fn declare(&self) -> Result<()> {
-        self.topology.declare(&self.live).await?;
-        match &self.target {
-            Target::Topics => Ok(()),
-            Target::DeadLetters(spec) => self.topology.declare_dead_letters(&self.live, spec).await,
+    /// Answers the topics that have an exchange now.
+    async fn declare(&self) -> Result<HashSet<String>> {
+        let topics = self.topology.declare(&self.live).await?;
+        if let Target::DeadLetters(spec) = &self.target {
+            self.topology.declare_dead_letters(&self.live, spec).await?;
         }
+        Ok(topics)
     }
 }
 
@@ -99,7 +100,7 @@ struct End(Kind, Arc<str>);
 impl Session {
     /// Declares the topology and opens the channels.
     pub(crate) async fn open(plan: Plan) -> Result<Self> {
-        plan.declare().await?;
+        let declared = plan.declare().await?;
         let open = (0..plan.channels).map(|_| confirming(&plan.live));
         let channels = try_join_all(open).await?;
         let (queue, receiver) = mpsc::unbounded_channel();
@@ -107,7 +108,7 @@ impl Session {
             encoder: Encoder::new(plan.target.clone(), plan.live.frame_max()),
             inbox: Mutex::new(Inbox {
                 queue: receiver,
-                declared: HashSet::new(),
+                declared,
             }),
             stale: AtomicBool::new(false),
             end: watch::Sender::new(None),
@@ -208,8 +209,7 @@ impl Shared {
     /// made anew without it.
     async fn renew(&self, inbox: &mut Inbox, channel: &mut Channel) -> Result<()> {
         if self.stale.load(Relaxed) {
-            inbox.declared.clear();
-            self.plan.declare().await?;
+            inbox.declared = self.plan.declare().await?;
             self.stale.store(false, Relaxed);
         }
         if !channel.status().connected() {

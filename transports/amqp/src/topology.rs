@@ -1,7 +1,7 @@
 //! What must exist at the broker: exchanges, queues, bindings. Declares, never deletes or changes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -127,22 +127,23 @@ impl Topology {
         })
     }
 
-    /// Declares everything that is configured or bound, so that no event meets a missing queue.
-    pub(crate) async fn declare(&self, live: &Live) -> Result<()> {
+    /// Declares everything that is configured or bound, so that no event meets a missing queue. Answers the topics that
+    /// have an exchange now.
+    pub(crate) async fn declare(&self, live: &Live) -> Result<HashSet<String>> {
         let bound: Vec<Spec> = {
             let bound = self.bound.lock().unwrap_or_else(PoisonError::into_inner);
             bound.values().cloned().collect()
         };
         let all: Vec<&Spec> = self.configured.values().chain(&bound).collect();
         let mut scratch = Scratch::new(live, self.config.declare);
-        let topics: BTreeSet<&str> = all.iter().map(|s| s.topic.as_str()).collect();
-        for topic in topics {
+        let topics: HashSet<String> = all.iter().map(|s| s.topic.clone()).collect();
+        for topic in &topics {
             scratch.exchange(topic).await?;
         }
         for spec in all {
             scratch.queue(spec).await?;
         }
-        Ok(())
+        Ok(topics)
     }
 
     /// Declares the exchange of a topic.
