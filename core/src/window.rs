@@ -255,41 +255,49 @@ impl<T> Window<T> {
             return false;
         }
         self.in_flight -= 1;
+        let key = self.key_of(attempt.seq);
+        // A later event of its key made a line meanwhile: this one goes there too, before it.
+        let blocked = key.as_ref().is_some_and(|key| self.is_blocked(key));
         if let Some(entry) = self.entry_mut(attempt.seq) {
-            entry.state = State::Ready;
+            entry.state = if blocked {
+                State::Deferring
+            } else {
+                State::Ready
+            };
         }
-        match self.key_of(attempt.seq) {
+        match key {
+            _ if blocked => drop(self.to_defer.insert(attempt.seq)),
             Some(key) => self.refresh(&key),
             None => drop(self.ready.insert(attempt.seq)),
         }
         true
     }
 
-    /// The event failed and must wait: it and the later events of its key go to the line, in order.
+    /// The event failed and must wait: it and what else there is of its key go to the line, in order. Only earlier ones
+    /// in flight are still awaited.
     pub fn defer(&mut self, attempt: Attempt) -> bool {
         if !self.is_current(attempt) {
             return false;
         }
-        let queue = match self.key_of(attempt.seq) {
+        let queue: Vec<Seq> = match self.key_of(attempt.seq) {
             None => vec![attempt.seq],
             Some(key) => {
                 let of_key = self.keys.entry(key).or_default();
                 of_key.blocked = true;
-                of_key
-                    .queue
-                    .iter()
-                    .copied()
-                    .filter(|seq| *seq >= attempt.seq)
-                    .collect()
+                of_key.queue.iter().copied().collect()
             }
         };
         for seq in queue {
             let Some(entry) = self.entry_mut(seq) else {
                 continue;
             };
-            let was = std::mem::replace(&mut entry.state, State::Deferring);
-            if was == State::InFlight {
-                self.in_flight -= 1;
+            match entry.state {
+                State::InFlight if seq >= attempt.seq => {
+                    entry.state = State::Deferring;
+                    self.in_flight -= 1;
+                }
+                State::Ready => entry.state = State::Deferring,
+                State::InFlight | State::Deferring | State::Settled => continue,
             }
             self.ready.remove(&seq);
             self.to_defer.insert(seq);
