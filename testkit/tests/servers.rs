@@ -7,10 +7,11 @@ use std::path::PathBuf;
 use std::str::FromStr as _;
 use std::time::Duration;
 
+use pillarbox_testkit::proxy::{Direction, Proxy};
 use pillarbox_testkit::servers::{self, Postgres, RabbitMq, Shutdown};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpStream;
 
 async fn connect(url: &str) -> PgConnection {
@@ -194,7 +195,9 @@ async fn postgres_survives_stops_crashes_and_company() {
 async fn a_setting_that_does_not_exist_is_a_failed_start_with_its_reason() {
     match Postgres::start_with(&[("no_such_setting", "1")]).await {
         Ok(_) => panic!("started"),
-        Err(error) if error.is_missing() => drop(servers::required(Err::<(), _>(error))),
+        Err(error) if error.is_missing() => {
+            servers::required(Err::<(), _>(error));
+        }
         Err(error) => assert!(error.to_string().contains("no_such_setting"), "{error}"),
     }
 }
@@ -260,4 +263,159 @@ async fn rabbitmq_survives_stops_crashes_and_company() {
     assert!(!alive(pids[0]), "a frozen broker can be ended");
     drop(other);
     gone(&pids, &[]).await;
+}
+
+/// A frame in the middle, a lost confirm: what the proxy promises holds with a real server behind it too.
+#[tokio::test]
+async fn the_proxy_stands_before_a_real_server() {
+    let Some(server) = servers::required(servers::postgres().await) else {
+        return;
+    };
+    let url = server.create_database().await.unwrap();
+    let (proxy, through) = Proxy::before(&url).await.unwrap();
+    let mut connection = connect(&through).await;
+    run(&mut connection, "CREATE TABLE here (id int)").await;
+
+    proxy.hold(Direction::ToClient);
+    let sent = proxy.counters().to_server;
+    // In one message: a prepared statement would wait for the server's answer before it is run.
+    let insert = sqlx::raw_sql("INSERT INTO here VALUES (1)").execute(&mut connection);
+    let lose_the_answer = async {
+        let mut witness = connect(&url).await;
+        proxy.wait_for(|counters| counters.to_server > sent).await;
+        while ask(&mut witness, "SELECT count(*) FROM here").await != "1" {}
+        // The server has answered; the client shall never know.
+        proxy.reset();
+    };
+    let both = async { tokio::join!(insert, lose_the_answer) };
+    let (inserted, ()) = tokio::time::timeout(Duration::from_secs(30), both)
+        .await
+        .unwrap();
+    assert!(
+        inserted.is_err(),
+        "the client saw an error and the row is there: an unknown outcome"
+    );
+    proxy.release();
+    connect(&through).await;
+    assert_eq!(proxy.counters().connections, 2);
+}
+
+/// Everything that a killed owner started: numbers from the files that its keeper reads, and the children of those.
+struct Left {
+    pids: Vec<u32>,
+    folders: Vec<PathBuf>,
+}
+
+impl Left {
+    fn by(folders: Vec<PathBuf>) -> Self {
+        let mut pids = Vec::new();
+        for folder in &folders {
+            for entry in std::fs::read_dir(folder.join("run")).unwrap() {
+                let text = std::fs::read_to_string(entry.unwrap().path()).unwrap();
+                pids.push(text.split(' ').next().unwrap().parse().unwrap());
+            }
+        }
+        let mut next = 0;
+        while let Some(pid) = pids.get(next).copied() {
+            let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))
+                .unwrap_or_default();
+            pids.extend(
+                children
+                    .split_whitespace()
+                    .map(|child| child.parse::<u32>().unwrap()),
+            );
+            next += 1;
+        }
+        Self { pids, folders }
+    }
+}
+
+#[tokio::test]
+async fn a_killed_owner_leaves_nothing_behind() {
+    let Some((mut owner, [postgres, control])) = owner(&["postgres", "rabbitmq"]).await else {
+        return;
+    };
+    let data = ask(
+        &mut connect(&postgres).await,
+        "SELECT current_setting('data_directory')",
+    )
+    .await;
+    let folders = [data, control]
+        .iter()
+        .map(|file| PathBuf::from(file).parent().unwrap().to_owned())
+        .collect();
+    let left = Left::by(folders);
+    // postgres with its helpers, the node with its port programs, epmd.
+    assert!(
+        left.pids.len() >= 8 && left.pids.iter().all(|pid| alive(*pid)),
+        "{:?}",
+        left.pids
+    );
+
+    owner.kill().await.unwrap();
+    gone(&left.pids, &left.folders).await;
+}
+
+/// The starter program with servers of its own, whatever addresses this process was given, and the two lines that its
+/// command prints: `TEST_POSTGRES_URL` and `TEST_AMQP_CONTROL`. `None` when they are not installed: the tests that start
+/// servers in this process have failed then, where they must not be missing.
+async fn owner(names: &[&str]) -> Option<(tokio::process::Child, [String; 2])> {
+    let mut owner = tokio::process::Command::new(env!("CARGO_BIN_EXE_pillarbox-servers"))
+        .args(names)
+        .args([
+            "--",
+            "sh",
+            "-c",
+            "echo $TEST_POSTGRES_URL; echo $TEST_AMQP_CONTROL; exec cat",
+        ])
+        .env_remove("TEST_POSTGRES_URL")
+        .env_remove("TEST_AMQP_URL")
+        .env_remove("TEST_AMQP_CONTROL")
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut printed = BufReader::new(owner.stdout.take().unwrap()).lines();
+    let lines = (
+        printed.next_line().await.unwrap(),
+        printed.next_line().await.unwrap(),
+    );
+    if let (Some(first), Some(second)) = lines {
+        return Some((owner, [first, second]));
+    }
+    assert_eq!(
+        owner.wait().await.unwrap().code(),
+        Some(2),
+        "it has said why on stderr"
+    );
+    None
+}
+
+#[tokio::test]
+async fn the_starter_program_passes_signals_and_exit_codes_on_and_ends_its_servers() {
+    for terminate in [false, true] {
+        let Some((mut owner, [postgres, _])) = owner(&["postgres"]).await else {
+            return;
+        };
+        let data = ask(
+            &mut connect(&postgres).await,
+            "SELECT current_setting('data_directory')",
+        )
+        .await;
+        let left = Left::by(vec![PathBuf::from(data).parent().unwrap().to_owned()]);
+        if terminate {
+            let pid =
+                rustix::process::Pid::from_raw(owner.id().unwrap().try_into().unwrap()).unwrap();
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        } else {
+            drop(owner.stdin.take());
+        }
+        let status = owner.wait().await.unwrap();
+        assert_eq!(status.code(), Some(if terminate { 143 } else { 0 }));
+        assert!(
+            left.folders.iter().all(|folder| !folder.exists())
+                && !left.pids.iter().any(|pid| alive(*pid))
+        );
+    }
 }
