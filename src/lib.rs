@@ -1,1 +1,108 @@
-//! Placeholder.
+//! An embeddable, broker-agnostic transactional outbox: commit an event with your data; it reaches the broker, and its
+//! effect happens once.
+//!
+//! | to | use |
+//! |---|---|
+//! | write events in your own transaction | [`Outbox`], [`Event`] |
+//! | publish what was committed | [`Relay`] |
+//! | apply each event once | [`Consumer`], [`Handler`] |
+//! | make or complete the tables | [`migrate`] |
+//! | read it all from one file | [`Config`], [`connect`] |
+//! | write a transport for another broker | [`transport`] |
+//!
+//! ```no_run
+//! use pillarbox::{Config, Event};
+//!
+//! #[derive(serde::Serialize)]
+//! struct OrderPlaced { order: i64 }
+//!
+//! impl Event for OrderPlaced {
+//!     const TYPE: &'static str = "shop.order.placed";
+//!     const TOPIC: &'static str = "shop.events";
+//! }
+//!
+//! # async fn f() -> pillarbox::Result<()> {
+//! let settings = Config::load("shop.toml")?.settings()?;
+//! let database = settings.store.open().await?;
+//! pillarbox::migrate(&database).await?;
+//!
+//! let outbox = settings.new_outbox(&database);
+//! let broker = pillarbox::connect(&settings.transport).await?;
+//! let relay = settings.new_relay(&outbox, broker).spawn();
+//! // … outbox.enqueue(&mut transaction, &OrderPlaced { order: 7 }).await? …
+//! relay.shutdown().await
+//! # }
+//! ```
+//!
+//! Nothing needs the file: [`Outbox::new`] takes a pool of your own, [`Relay::new`] any [`transport::Transport`].
+//!
+//! # Features
+//!
+//! | feature | brings | default |
+//! |---|---|---|
+//! | `postgres` | PostgreSQL | yes |
+//! | `sqlite` | SQLite, compiled in | |
+//! | `amqp` | RabbitMQ, as the module `amqp` | yes |
+//! | `tls-ring` | TLS to database and broker, with ring | yes |
+//! | `tls-aws-lc-rs` | the same with AWS-LC | |
+//!
+//! The [`transport::memory`] broker is always there.
+
+use std::sync::Arc;
+
+#[cfg(feature = "amqp")]
+#[doc(inline)]
+pub use pillarbox_amqp as amqp;
+#[doc(inline)]
+pub use pillarbox_core::{config::TransportSettings, failure::Retry, *};
+
+use transport::{Transport, memory::Memory};
+
+#[cfg(test)]
+mod tests;
+
+/// The words for `[transport] kind`. Those of later versions too: a file may speak of them already, as long as it selects
+/// another.
+const KINDS: [&str; 4] = ["memory", "amqp", "kafka", "nats"];
+
+/// Makes the transport that the settings select. Connects to nothing yet: a program starts without its broker, and the
+/// relay waits for it.
+///
+/// With `memory` each call makes a broker of its own: call it once in a process, and share what it answers.
+///
+/// # Errors
+/// [`Kind::Configuration`] names the file or environment variable, the key, what was found and what was expected; for an
+/// unknown key or kind, the nearest known one. No secret is shown.
+///
+/// ```
+/// # async fn f() -> pillarbox::Result<()> {
+/// let settings = pillarbox::Config::parse("transport.kind = 'memory'")?.settings()?;
+/// let broker = pillarbox::connect(&settings.transport).await?;
+/// assert_eq!(broker.kind(), "memory");
+/// # Ok(()) }
+/// ```
+pub async fn connect(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
+    match settings.kind(&KINDS)? {
+        "memory" => {
+            settings.no_table("memory")?;
+            Ok(Arc::new(Memory::new()))
+        }
+        "amqp" => amqp(settings),
+        _ => Err(settings.refuse("kind", "this version has only \"memory\" and \"amqp\"")),
+    }
+}
+
+#[cfg(feature = "amqp")]
+fn amqp(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
+    let amqp = amqp::Amqp::new(settings.table("amqp")?).map_err(|e| {
+        let (text, operation) = (e.to_string(), format!("{}: ", e.operation()));
+        settings.refuse("amqp", text.strip_prefix(&operation).unwrap_or(&text))
+    })?;
+    Ok(Arc::new(amqp))
+}
+
+#[cfg(not(feature = "amqp"))]
+fn amqp(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
+    let text = "this program was built without the feature \"amqp\", which is needed for it";
+    Err(settings.refuse("kind", text))
+}

@@ -104,10 +104,29 @@ impl TransportSettings {
         self.scope.read(&["transport", kind], value)
     }
 
-    /// An error about `[transport.KIND]`, with where that stands.
+    /// Refuses a table of a kind that has no settings.
+    ///
+    /// # Errors
+    /// [`Kind::Configuration`](crate::Kind::Configuration) names the first key that it has.
+    pub fn no_table(&self, kind: &str) -> Result<()> {
+        match self
+            .tables
+            .get(kind)
+            .and_then(Value::as_dict)
+            .and_then(|t| t.keys().next())
+        {
+            Some(key) => {
+                let path = ["transport", kind, key].map(str::to_owned);
+                Err(self.scope.unknown(&path, std::iter::empty(), false))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// An error about a key of `[transport]`, such as `kind` or the name of a kind's table, with where that stands.
     #[must_use]
-    pub fn refuse(&self, kind: &str, reason: &str) -> Error {
-        let path = ["transport".to_owned(), kind.to_owned()];
+    pub fn refuse(&self, key: &str, reason: &str) -> Error {
+        let path = ["transport".to_owned(), key.to_owned()];
         refuse(self.scope.sentence(&path, format_args!("{reason}")))
     }
 }
