@@ -88,7 +88,10 @@ impl Child {
         if self.events > 0 {
             count.reached().await;
         } else {
-            tokio::io::copy(&mut tokio::io::stdin(), &mut tokio::io::sink()).await?;
+            tokio::task::spawn_blocking(|| {
+                std::io::copy(&mut std::io::stdin(), &mut std::io::sink())
+            })
+            .await??;
         }
         running.shutdown().await?;
         let status = std::fs::read_to_string("/proc/self/status")?;
