@@ -4,3 +4,5 @@ mod suite;
 
 #[cfg(feature = "sqlite")]
 mod sqlite;
+#[cfg(feature = "postgres")]
+mod postgres;

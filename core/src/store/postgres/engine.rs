@@ -97,7 +97,7 @@ impl Engine {
                 .max_connections(CONNECTIONS)
                 .acquire_timeout(PATIENCE)
                 .idle_timeout(Duration::from_secs(60))
-                .after_connect(|connection, _| Box::pin(count_one(connection)))
+                .after_connect(|connection, _| Box::pin(prepare(connection)))
                 .test_before_acquire(false)
                 // A busy connection was fine a moment ago; asking each time would cost a trip for each statement.
                 .before_acquire(|connection, meta| {
@@ -236,12 +236,14 @@ fn milliseconds(d: Duration) -> u64 {
 /// sqlx counts the transactions that are begun through it. The engine's begin and end by plain text: then a begin can set all
 /// its bounds in one trip, and one that fails halfway is seen. The one that sqlx counts here and never sees end makes a
 /// handler's own `begin` a savepoint inside the engine's.
-async fn count_one(connection: &mut PgConnection) -> sqlx::Result<()> {
+///
+/// A database that does not check its texts would else refuse to send a row with a bad one, and the rows around it.
+async fn prepare(connection: &mut PgConnection) -> sqlx::Result<()> {
     std::mem::forget(connection.begin().await?);
-    sqlx::raw_sql("ROLLBACK")
-        .execute(connection)
-        .await
-        .map(drop)
+    let text = "ROLLBACK; SELECT set_config('client_encoding', 'SQL_ASCII', false) \
+                WHERE getdatabaseencoding() = 'SQL_ASCII'";
+    let done = sqlx::raw_sql(text).execute(connection);
+    done.await.map(drop)
 }
 
 /// A connection that goes back to the pool only when it is known to hold no transaction. sqlx 0.9.0 gives one back with its

@@ -10,6 +10,7 @@ use uuid::Uuid;
 use super::{
     Inner,
     engine::{Commit, Query, Text, Tx, query},
+    log::seen,
 };
 use crate::{
     cursor::Progress,
@@ -312,7 +313,7 @@ impl Inner {
     ) -> Result<()> {
         let q = bind_lease(query(&self.lease.settle), lease)
             .bind(millis(term.term()))
-            .bind(progress.seen.as_str())
+            .bind(seen(progress))
             .bind(progress.base)
             .bind(progress.upto.as_deref())
             .bind(progress.last);

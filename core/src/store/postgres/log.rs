@@ -81,14 +81,14 @@ impl Inner {
         let limit = limit.max(1);
         let q = query(&self.log.go_on)
             .bind(small(partition))
-            .bind(from.seen.as_str())
+            .bind(seen(from))
             .bind(from.base)
             .bind(upto.as_str())
             .bind(from.last)
-            .bind(lines(limit));
+            .bind(one_more(limit));
         let rows = self.engine.fetch("read the log", q).await?;
         if rows.is_empty() {
-            // The batch before was full and took the slice's last events: what follows lies in the next slice.
+            // Nothing is left of the slice: what follows lies in the next one.
             let closed = closed(from, upto.clone(), from.last);
             let mut next = self.open(partition, &closed, limit).await?;
             if next.events.is_empty() {
@@ -103,9 +103,9 @@ impl Inner {
         let limit = limit.max(1);
         let q = query(&self.log.open)
             .bind(small(partition))
-            .bind(from.seen.as_str())
+            .bind(seen(from))
             .bind(from.base)
-            .bind(lines(limit));
+            .bind(one_more(limit));
         let rows = self.engine.fetch("read the log", q).await?;
         let within = match rows.first() {
             None => from.clone(),
@@ -128,22 +128,19 @@ impl Inner {
         };
         let gate: Option<String> = first.try_get("gate").map_err(|e| self.unreadable(e))?;
         slice.gate = gate.map(Gate);
-        for row in rows {
-            slice
-                .events
-                .push(logged(row).map_err(|e| self.unreadable(e))?);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (mut bytes, mut last) = (0, slice.within.last);
+        for row in rows.iter().take(limit) {
+            let event = logged(row).map_err(|e| self.unreadable(e))?;
+            bytes += event.message.payload.as_ref().map_or(0, Bytes::len);
+            last = event.position;
+            slice.events.push(event);
         }
-        let bytes: usize = slice
-            .events
-            .iter()
-            .map(|e| e.message.payload.as_ref().map_or(0, Bytes::len))
-            .sum();
-        let all = slice.events.len() < limit as usize && bytes < BYTES;
-        if let (true, Some(upto), Some(last)) =
-            (all, slice.within.upto.clone(), slice.events.last())
-        {
-            slice.end = Some(closed(&slice.within, upto, last.position));
-        }
+        let all = rows.len() <= limit && bytes < BYTES;
+        slice.end = Some(match slice.within.upto.clone() {
+            Some(upto) if all => closed(&slice.within, upto, last),
+            _ => slice.within.at(last),
+        });
         Ok(slice)
     }
 
@@ -175,6 +172,14 @@ impl Inner {
     }
 }
 
+/// Before the start of the log where nothing was ever seen.
+pub(super) fn seen(progress: &Progress) -> &str {
+    match progress.seen.as_str() {
+        "" => "1:1:",
+        seen => seen,
+    }
+}
+
 /// Where a partition stands behind the last event of a slice.
 fn closed(within: &Progress, upto: String, last: i64) -> Progress {
     Progress {
@@ -185,8 +190,9 @@ fn closed(within: &Progress, upto: String, last: i64) -> Progress {
     }
 }
 
-fn lines(limit: u32) -> i32 {
-    i32::try_from(limit).unwrap_or(i32::MAX)
+/// One more than is wanted says whether the slice ends here.
+fn one_more(limit: u32) -> i32 {
+    i32::try_from(limit.saturating_add(1)).unwrap_or(i32::MAX)
 }
 
 /// A row as a plain INSERT may have made it.

@@ -1,0 +1,204 @@
+//! What a lease stands on in PostgreSQL: the token, the isolation level, the cluster.
+
+use pillarbox_core::{
+    Database, Kind,
+    cursor::Progress,
+    lease::{Lease, LeaseTerm},
+    store::{Gate, Store},
+};
+
+use super::{Db, run};
+use crate::suite::{
+    Bench, GROUP, acquire, deferral, group, letter, line_id, lost, message, pump, relay, term,
+};
+
+/// Everything that a lease fences, with a lease that its row still names.
+async fn every_fence_refuses(database: &Database, relay: &Lease, group: &Lease) {
+    let store: &dyn Store = &**database.store();
+    let progress = Progress::default();
+    lost(store.renew(relay, term()).await);
+    lost(store.settle(relay, &progress, term(), false).await);
+    lost(store.settle(relay, &progress, term(), true).await);
+    // A gate that was passed long ago, and one that never will be.
+    for gate in ["0/1", "FFFFFFFF/0"] {
+        lost(store.flush(relay, &Gate(gate.to_owned())).await);
+    }
+    lost(store.defer(relay, &[deferral(&message(None))]).await);
+    lost(store.bury(relay, &[letter(&message(None))]).await);
+    lost(store.lines(relay, 1).await);
+    lost(store.line(relay, None, &line_id(&message(None)), 1).await);
+    lost(store.settle_source(group, 1, term()).await);
+    let unit = store.begin(GROUP, term(), true).await.unwrap();
+    lost(unit.commit(group, term()).await);
+}
+
+#[tokio::test]
+async fn without_its_token_a_lease_is_void() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let relay = acquire(&**store, &relay()).await.lease;
+    let group = acquire(&**store, &group()).await.lease;
+    // As a crash leaves it.
+    db.execute("TRUNCATE pillarbox.token").await;
+    every_fence_refuses(&database, &relay, &group).await;
+    // Its owner may give it back and take it anew at once.
+    for lease in [relay, group] {
+        store.release(&lease).await.unwrap();
+        let again = acquire(&**store, &lease.key).await.lease;
+        assert_eq!(again.epoch, lease.epoch + 1);
+        store.renew(&again, term()).await.unwrap();
+    }
+}
+
+/// A dump keeps unlogged rows; in the restored table they mean nothing.
+#[tokio::test]
+async fn a_restored_token_is_void() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let relay = acquire(&**store, &relay()).await.lease;
+    let group = acquire(&**store, &group()).await.lease;
+    db.execute(
+        "CREATE UNLOGGED TABLE pillarbox.restored (LIKE pillarbox.token INCLUDING ALL); \
+         INSERT INTO pillarbox.restored SELECT * FROM pillarbox.token; \
+         DROP TABLE pillarbox.token; ALTER TABLE pillarbox.restored RENAME TO token",
+    )
+    .await;
+    every_fence_refuses(&database, &relay, &group).await;
+}
+
+#[tokio::test]
+async fn a_lease_leaves_one_token() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    for _ in 0..3 {
+        for key in [relay(), group(), pump()] {
+            acquire(&**store, &key).await;
+        }
+        assert_eq!(db.number("SELECT count(*) FROM pillarbox.token").await, 3);
+        for table in ["cursor", "source_cursor", "lease"] {
+            let expired = format!("UPDATE pillarbox.{table} SET expires_at = '-infinity'");
+            db.execute(&expired).await;
+        }
+    }
+    let last = acquire(&**store, &pump()).await.lease;
+    store.release(&last).await.unwrap();
+    assert_eq!(db.number("SELECT count(*) FROM pillarbox.token").await, 2);
+}
+
+/// Under the host's REPEATABLE READ each renewal that meets another fails with 40001.
+#[tokio::test]
+async fn the_hosts_isolation_level_breaks_no_renewal() {
+    let Some((db, _)) = Db::migrated().await else {
+        return;
+    };
+    let options = db.options().options([
+        ("default_transaction_isolation", "repeatable read"),
+        ("default_transaction_read_only", "on"),
+        ("default_transaction_deferrable", "on"),
+    ]);
+    let database = super::over(options);
+    let store = database.store().clone();
+    let lease = acquire(&*store, &relay()).await.lease;
+    let mut all = tokio::task::JoinSet::new();
+    for n in 0..6 {
+        let (store, lease) = (store.clone(), lease.clone());
+        all.spawn(async move {
+            for _ in 0..25 {
+                match n % 3 {
+                    0 => store.renew(&lease, term()).await.unwrap(),
+                    1 => {
+                        let progress = Progress::default();
+                        store
+                            .settle(&lease, &progress, term(), false)
+                            .await
+                            .unwrap();
+                    }
+                    _ => {
+                        let event = [deferral(&message(Some("k")))];
+                        store.defer(&lease, &event).await.unwrap();
+                    }
+                }
+            }
+        });
+    }
+    while let Some(done) = all.join_next().await {
+        done.unwrap();
+    }
+}
+
+/// Neither a wait for a lock nor a network that swallows packets holds the engine for longer than its lease.
+#[tokio::test]
+async fn a_locked_row_is_waited_for_less_than_a_lease() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let term = LeaseTerm::new(std::time::Duration::ZERO);
+    let lease = store.acquire(&relay(), term).await.unwrap().unwrap().lease;
+    let mut other = db.raw().await;
+    run(&mut other, "BEGIN; UPDATE pillarbox.cursor SET base = base").await;
+    let started = std::time::Instant::now();
+    for error in [
+        store.renew(&lease, term).await.unwrap_err(),
+        store
+            .defer(&lease, &[deferral(&message(None))])
+            .await
+            .unwrap_err(),
+        store.lines(&lease, 1).await.unwrap_err(),
+    ] {
+        assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    }
+    assert!(
+        started.elapsed() < term.term() * 3,
+        "{:?}",
+        started.elapsed()
+    );
+    run(&mut other, "ROLLBACK").await;
+    store.renew(&lease, term).await.unwrap();
+}
+
+#[tokio::test]
+async fn another_cluster_is_refused() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    db.execute("UPDATE pillarbox.installation SET system_identifier = 1")
+        .await;
+    let error = store.acquire(&relay(), term()).await.unwrap_err();
+    assert!(
+        error.to_string().contains("another database cluster"),
+        "{error}"
+    );
+    assert!(!error.is_temporary());
+    assert_eq!(db.number("SELECT count(*) FROM pillarbox.token").await, 0);
+    // Consumers' cursors hold no transaction ids.
+    acquire(&**store, &group()).await;
+}
+
+/// Sessions that somebody ends are replaced.
+#[tokio::test]
+async fn ended_sessions_are_replaced() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &relay()).await.lease;
+    for _ in 0..3 {
+        let ended = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                     WHERE datname = current_database() AND pid <> pg_backend_pid()";
+        assert!(db.number(ended).await >= 1);
+        let mut failures = 0;
+        while let Err(e) = store.renew(&lease, term()).await {
+            assert_eq!(e.kind(), Kind::Unavailable, "{e}");
+            failures += 1;
+            assert!(failures <= 8, "a dead connection comes back");
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! A consumer's transaction as handlers may treat it.
+
+use std::time::Duration;
+
+use pillarbox_core::{
+    Connection, Kind,
+    lease::{LeaseKey, LeaseTerm},
+    store::Unit,
+};
+use sqlx::{Connection as _, PgConnection};
+
+use super::{Db, number, refused, run, short, text, until};
+use crate::suite::{Bench, EFFECT, GROUP, acquire, effects, group, message, relay, source, term};
+
+async fn ready() -> Option<(Db, pillarbox_core::Database)> {
+    let (db, database) = Db::migrated().await?;
+    db.execute("CREATE TABLE effects (n bigint)").await;
+    Some((db, database))
+}
+
+fn connection(unit: &mut dyn Unit) -> &mut PgConnection {
+    match unit.connection() {
+        Some(Connection::Postgres(connection)) => connection,
+        _ => panic!("this is PostgreSQL"),
+    }
+}
+
+/// COMMIT, and something in its place: the savepoint's name alone would not show it.
+#[tokio::test]
+async fn a_handler_that_begins_anew_is_found_out() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    unit.savepoint().await.unwrap();
+    run(
+        connection(&mut *unit),
+        "COMMIT; BEGIN; SAVEPOINT pillarbox_event; INSERT INTO effects VALUES (1)",
+    )
+    .await;
+    unit.keep().await.unwrap();
+    let error = unit.commit(&lease, term()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    assert!(
+        error.to_string().contains("ended the transaction itself"),
+        "{error}"
+    );
+    assert_eq!(effects(&db).await, 0);
+}
+
+#[tokio::test]
+async fn a_handler_that_swallows_an_error_is_found_out() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    unit.savepoint().await.unwrap();
+    assert!(
+        refused(connection(&mut *unit), "SELECT 1 / 0")
+            .await
+            .starts_with("22012")
+    );
+    let error = unit.keep().await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Invalid, "{error}");
+    unit.undo().await.unwrap();
+    // Its neighbours are spared.
+    unit.savepoint().await.unwrap();
+    run(connection(&mut *unit), EFFECT).await;
+    unit.keep().await.unwrap();
+    unit.commit(&lease, term()).await.unwrap();
+    assert_eq!(effects(&db).await, 1);
+}
+
+/// A handler may use the driver's own transactions: they are savepoints in the engine's.
+#[tokio::test]
+async fn a_handlers_own_transactions_are_savepoints() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    // Twice over the same connection: what the driver counts stays right.
+    for _ in 0..2 {
+        let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+        unit.savepoint().await.unwrap();
+        assert!(connection(&mut *unit).is_in_transaction());
+        for end in ["commit", "roll back", "drop"] {
+            let mut tx = connection(&mut *unit).begin().await.unwrap();
+            run(&mut tx, EFFECT).await;
+            match end {
+                "commit" => tx.commit().await.unwrap(),
+                "roll back" => tx.rollback().await.unwrap(),
+                _ => drop(tx),
+            }
+        }
+        unit.keep().await.unwrap();
+        unit.commit(&lease, term()).await.unwrap();
+    }
+    assert_eq!(effects(&db).await, 2);
+}
+
+/// The engine's settings are its own: a handler's plans and durability are the host's.
+#[tokio::test]
+async fn handlers_have_the_hosts_settings() {
+    let Some((db, _)) = ready().await else { return };
+    let options = db.options().options([
+        ("default_transaction_isolation", "serializable"),
+        ("default_transaction_read_only", "on"),
+        ("synchronous_commit", "local"),
+        ("work_mem", "7MB"),
+    ]);
+    let database = super::over(options);
+    let store = database.store();
+    for (durable, expected) in [(false, "local"), (true, "on")] {
+        let mut unit = store.begin(GROUP, term(), durable).await.unwrap();
+        let c = connection(&mut *unit);
+        for (setting, expected) in [
+            ("enable_seqscan", "on"),
+            ("jit", "on"),
+            ("work_mem", "7MB"),
+            ("synchronous_commit", expected),
+            ("transaction_isolation", "read committed"),
+            ("transaction_read_only", "off"),
+            ("statement_timeout", "36s"),
+            ("idle_in_transaction_session_timeout", "36s"),
+        ] {
+            assert_eq!(
+                text(c, &format!("SHOW {setting}")).await,
+                expected,
+                "{setting}"
+            );
+        }
+        unit.rollback().await.unwrap();
+    }
+}
+
+/// Slow handlers take no connection that a renewal needs.
+#[tokio::test]
+async fn handlers_leave_connections_for_renewals() {
+    let Some((_db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut units = Vec::new();
+    let busy = loop {
+        match store.begin(GROUP, short(), false).await {
+            Ok(unit) => units.push(unit),
+            Err(e) => break e,
+        }
+    };
+    assert_eq!(busy.kind(), Kind::Unavailable, "{busy}");
+    assert!(busy.to_string().contains("in use"), "{busy}");
+    assert!(units.len() >= 2);
+    store.renew(&lease, term()).await.unwrap();
+    store.read(0, &Default::default(), 10).await.unwrap();
+    // One ends, one may begin.
+    units.pop().unwrap().rollback().await.unwrap();
+    store.begin(GROUP, term(), false).await.unwrap();
+}
+
+/// A process that is stopped in the middle of a transaction holds its locks no longer than its lease lasts.
+#[tokio::test]
+async fn an_idle_unit_is_ended_before_its_lease() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut unit = store.begin(GROUP, short(), true).await.unwrap();
+    run(
+        connection(&mut *unit),
+        "LOCK TABLE effects IN ACCESS EXCLUSIVE MODE",
+    )
+    .await;
+    let mut raw = db.raw().await;
+    let locks = "SELECT count(*) FROM pg_locks WHERE relation = 'effects'::regclass AND granted AND pid <> pg_backend_pid()";
+    assert_eq!(number(&mut raw, locks).await, 1);
+    until("the server ends the idle session", async || {
+        number(&mut raw, locks).await == 0
+    })
+    .await;
+    let error = unit.commit(&lease, short()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    // The connection is not used again.
+    for _ in 0..10 {
+        store.renew(&lease, term()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_slow_statement_is_ended_before_its_lease() {
+    let Some((_db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let mut unit = store.begin(GROUP, short(), true).await.unwrap();
+    unit.savepoint().await.unwrap();
+    let slow = refused(connection(&mut *unit), "SELECT pg_sleep(60)").await;
+    assert!(slow.starts_with("57014"), "{slow}");
+    unit.undo().await.unwrap();
+    unit.rollback().await.unwrap();
+}
+
+/// Two owners' workers on one lease, and its renewals, at once: each waits for the others, none fails.
+#[tokio::test]
+async fn units_and_renewals_of_one_lease_go_side_by_side() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store().clone();
+    let lease = acquire(&*store, &group()).await.lease;
+    // So close to its end that each commit would rather renew it.
+    let term = LeaseTerm::new(Duration::from_secs(300));
+    let mut all = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let (store, lease) = (store.clone(), lease.clone());
+        all.spawn(async move {
+            for n in 0..25 {
+                let mut unit = store.begin(GROUP, term, false).await.unwrap();
+                run(connection(&mut *unit), EFFECT).await;
+                unit.commit(&lease, term).await.unwrap();
+                if n % 5 == 0 {
+                    store.renew(&lease, LeaseTerm::default()).await.unwrap();
+                }
+            }
+        });
+    }
+    while let Some(done) = all.join_next().await {
+        done.unwrap();
+    }
+    assert_eq!(effects(&db).await, 100);
+}
+
+/// Between a unit's fence and its COMMIT nobody takes the lease over.
+#[tokio::test]
+async fn a_fenced_commit_holds_off_the_next_owner() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let first = acquire(&**store, &group()).await.lease;
+    let mut raw = db.raw().await;
+    run(
+        &mut raw,
+        "BEGIN; SELECT FROM pillarbox.source_cursor FOR SHARE",
+    )
+    .await;
+    // A lease that counts as expired and is locked: no owner changes under the lock.
+    let other = LeaseKey::Source {
+        group: GROUP.to_owned(),
+        source: source(),
+    };
+    let expired = "UPDATE pillarbox.source_cursor SET expires_at = '-infinity'";
+    run(&mut raw, expired).await;
+    run(
+        &mut raw,
+        "COMMIT; BEGIN; SELECT FROM pillarbox.source_cursor FOR SHARE",
+    )
+    .await;
+    let error = store.acquire(&other, short()).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.is_temporary());
+    run(&mut raw, "COMMIT").await;
+    let second = acquire(&**store, &other).await.lease;
+    assert_eq!(second.epoch, first.epoch + 1);
+    acquire(&**store, &relay()).await;
+}
+
+/// What the inbox looks up goes by its index, also on a connection whose plans were made while it was empty.
+#[tokio::test]
+async fn events_without_time_have_an_inbox_of_their_own() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut timeless = message(None);
+    timeless.time = std::time::UNIX_EPOCH;
+    let mut ancient = message(None);
+    ancient.time = std::time::UNIX_EPOCH - Duration::from_secs(86_400 * 365 * 100);
+    let mut far = message(None);
+    far.time = std::time::UNIX_EPOCH + Duration::from_secs(250_000_000_000);
+    for expected in [true, false] {
+        let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+        for m in [&timeless, &ancient, &far] {
+            assert_eq!(unit.remember(m).await.unwrap(), expected);
+        }
+        unit.commit(&lease, term()).await.unwrap();
+    }
+    assert_eq!(
+        db.number("SELECT count(*) FROM pillarbox.inbox_timeless")
+            .await,
+        1
+    );
+    assert_eq!(db.number("SELECT count(*) FROM {inbox}").await, 2);
+}
