@@ -14,6 +14,8 @@ pub use inventory::{
     INVENTORY_TOPIC, Refusal, ReleaseReason, StockConfirmed, StockDepleted, StockFailed,
     StockReleased, StockReplenished, StockReserved,
 };
-pub use orders::{ORDERS_TOPIC, OrderCancelled, OrderConfirmed, OrderCreated, OrderFailed};
+pub use orders::{
+    ORDERS_TOPIC, OrderCancelled, OrderConfirmed, OrderCreated, OrderFacts, OrderFailed,
+};
 pub use schema::{Published, check, published};
 pub use values::{MAX_STOCK, ProductId, Quantity};

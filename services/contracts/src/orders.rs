@@ -13,37 +13,42 @@ use crate::{ProductId, Quantity, schema::timestamp};
 /// The topic of all orders events.
 pub const ORDERS_TOPIC: &str = "orders.events";
 
-/// All four have one payload; each stands for one state that an order can enter.
+/// What all four events say of an order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+#[schemars(inline)]
+pub struct OrderFacts {
+    /// The order.
+    pub order_id: Uuid,
+    /// Whose order it is.
+    pub user_id: Uuid,
+    /// The product.
+    pub product_id: ProductId,
+    /// How much of it.
+    pub quantity: Quantity,
+    /// Why, where there is something to say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", length(max = 200))]
+    pub reason: Option<String>,
+    /// When.
+    #[serde(with = "rfc3339")]
+    #[schemars(schema_with = "timestamp")]
+    pub at: OffsetDateTime,
+}
+
 macro_rules! order_event {
     ($(#[$doc:meta])* $event:ident, $kind:literal) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-        #[serde(rename_all = "camelCase")]
-        pub struct $event {
-            /// The order.
-            pub order_id: Uuid,
-            /// Whose order it is.
-            pub user_id: Uuid,
-            /// The product.
-            pub product_id: ProductId,
-            /// How much of it.
-            pub quantity: Quantity,
-            /// Why, where there is something to say.
-            #[serde(default, skip_serializing_if = "Option::is_none")]
-            #[schemars(with = "String", length(max = 200))]
-            pub reason: Option<String>,
-            /// When.
-            #[serde(with = "rfc3339")]
-            #[schemars(schema_with = "timestamp")]
-            pub at: OffsetDateTime,
-        }
+        #[serde(transparent)]
+        pub struct $event(pub OrderFacts);
 
         impl Event for $event {
             const TYPE: &'static str = $kind;
             const TOPIC: &'static str = ORDERS_TOPIC;
 
             fn key(&self) -> Option<Cow<'_, str>> {
-                Some(self.order_id.to_string().into())
+                Some(self.0.order_id.to_string().into())
             }
         }
     };

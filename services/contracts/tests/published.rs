@@ -25,10 +25,11 @@ fn the_published_schemas_are_those_of_the_types() {
         if rewrite {
             fs::write(&path, pretty(&event.schema)).unwrap();
         }
+        // As values: the order of a schema's keys depends on features that other packages choose.
         let found = fs::read_to_string(&path).unwrap_or_default();
         assert_eq!(
-            found,
-            pretty(&event.schema),
+            serde_json::from_str(&found).unwrap_or(Value::Null),
+            event.schema,
             "{name} is not the schema of its type: run this test with REWRITE_SCHEMAS=1"
         );
         expected.push(name);
