@@ -288,7 +288,7 @@ impl Config {
             name_fits(name, "the queue", name)?;
             if name.starts_with("amq.") {
                 return refuse(format!(
-                    "queue {name:?}: found the prefix \"amq.\", which RabbitMQ keeps for itself"
+                    "queue {name:?}: found the prefix \"amq.\", expected another: RabbitMQ keeps that for itself"
                 ));
             }
             name_fits(name, "topic", &queue.topic)?;
@@ -305,7 +305,7 @@ impl Config {
                 name_fits(name, "dead_letter", dead_letter)?;
                 if self.queues.contains_key(dead_letter) {
                     return refuse(format!(
-                        "queue {name:?}: dead_letter: found {dead_letter:?}, which is itself a configured queue"
+                        "queue {name:?}: dead_letter: found {dead_letter:?}, itself a configured queue; expected another name"
                     ));
                 }
             }
@@ -470,3 +470,6 @@ fn refuse<T>(text: impl Into<std::borrow::Cow<'static, str>>) -> Result<T> {
         text,
     ))
 }
+
+#[cfg(test)]
+mod tests;

@@ -158,3 +158,154 @@ fn reply_kind(code: u16, text: &str) -> Kind {
         _ => Kind::Unreachable,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lapin::protocol::{AMQPError, AMQPHardError, AMQPSoftError};
+
+    use super::*;
+
+    fn closed(error: AMQPSoftError, text: &str) -> Answer {
+        let error = AMQPError::new(error.into(), text.into());
+        Err(ErrorKind::ProtocolError(error).into())
+    }
+
+    fn lost() -> Answer {
+        Err(io::Error::from(io::ErrorKind::ConnectionReset).into())
+    }
+
+    fn event(id: &str, topic: &str, bytes: usize) -> Message {
+        Message::new(id, topic, "t.a", vec![0; bytes])
+    }
+
+    fn verdict(answers: &[Answer]) -> Verdict {
+        Verdict::of(answers, "h:1/v")
+    }
+
+    /// The outcome of a message that has no confirm.
+    fn without(answers: &[Answer], message: &Message) -> (&'static str, Option<Kind>) {
+        let outcome = verdict(answers).on(None, message, &Target::Topics);
+        let kind = outcome.error().map(Error::kind);
+        match outcome {
+            Outcome::Unknown(_) => ("unknown", kind),
+            Outcome::Unavailable(_) => ("unavailable", kind),
+            Outcome::Rejected(_) => ("rejected", kind),
+            _ => ("other", kind),
+        }
+    }
+
+    #[test]
+    fn returned_messages_are_told_by_their_id_not_by_their_confirm() {
+        // lapin gave the return of "b" to the confirm of "a", and acked "b" plainly.
+        let answers = [
+            Ok((true, Some("b".into()))),
+            Ok((true, None)),
+            Ok((false, None)),
+        ];
+        let verdict = verdict(&answers);
+        let on = |id: &str, taken| verdict.on(Some(taken), &event(id, "t", 0), &Target::Topics);
+        assert!(on("a", true).is_stored());
+        assert!(matches!(on("b", true), Outcome::Retry(e) if e.kind() == Kind::Unrouted));
+        assert!(matches!(on("c", false), Outcome::Unavailable(e) if e.kind() == Kind::Full));
+    }
+
+    #[test]
+    fn a_closed_channel_blames_the_exchange_that_it_was_closed_over() {
+        let missing = [
+            Ok((true, None)),
+            closed(
+                AMQPSoftError::NOTFOUND,
+                "NOT_FOUND - no exchange 't' in vhost '/'",
+            ),
+            lost(),
+        ];
+        assert_eq!(
+            without(&missing, &event("a", "t", 0)),
+            ("unavailable", Some(Kind::Missing))
+        );
+        assert_eq!(
+            without(&missing, &event("a", "u", 0)),
+            ("unknown", Some(Kind::Unreachable))
+        );
+        let text = "ACCESS_REFUSED - access to exchange 't' in vhost '/' refused for user 'u'";
+        let refused = [lost(), closed(AMQPSoftError::ACCESSREFUSED, text)];
+        assert_eq!(
+            without(&refused, &event("a", "t", 0)),
+            ("unavailable", Some(Kind::Refused))
+        );
+        // Words that no version used so far: better unavailable than lost.
+        let strange = [closed(AMQPSoftError::NOTFOUND, "gone")];
+        assert_eq!(
+            without(&strange, &event("a", "t", 0)),
+            ("unavailable", Some(Kind::Missing))
+        );
+    }
+
+    #[test]
+    fn a_body_over_the_brokers_limit_is_the_only_one_blamed() {
+        let text = "PRECONDITION_FAILED - message size 20 is larger than configured max size 10";
+        let answers = [closed(AMQPSoftError::PRECONDITIONFAILED, text)];
+        assert_eq!(verdict(&answers).cause, Cause::TooLarge(10));
+        assert_eq!(
+            without(&answers, &event("a", "t", 11)),
+            ("rejected", Some(Kind::TooLarge))
+        );
+        assert_eq!(
+            without(&answers, &event("a", "t", 10)),
+            ("unknown", Some(Kind::Unreachable))
+        );
+        let other = [closed(
+            AMQPSoftError::PRECONDITIONFAILED,
+            "PRECONDITION_FAILED - what",
+        )];
+        assert_eq!(
+            without(&other, &event("a", "t", 11)),
+            ("unknown", Some(Kind::Configuration))
+        );
+    }
+
+    #[test]
+    fn without_a_word_from_the_broker_everything_is_unknown() {
+        assert_eq!(
+            without(&[lost()], &event("a", "t", 0)),
+            ("unknown", Some(Kind::Unreachable))
+        );
+        assert_eq!(
+            without(&[], &event("a", "t", 0)),
+            ("unknown", Some(Kind::Unreachable))
+        );
+        let text = "CONNECTION_FORCED - broker forced connection closure";
+        let forced = AMQPError::new(AMQPHardError::CONNECTIONFORCED.into(), text.into());
+        let forced = [Err(ErrorKind::ProtocolError(forced).into())];
+        assert_eq!(
+            without(&forced, &event("a", "t", 0)),
+            ("unknown", Some(Kind::Unreachable))
+        );
+    }
+
+    #[test]
+    fn replies_have_their_kinds() {
+        for (code, text, expected) in [
+            (311, "", Kind::TooLarge),
+            (320, "", Kind::Unreachable),
+            (403, "", Kind::Refused),
+            (404, "", Kind::Missing),
+            (405, "", Kind::Configuration),
+            (406, "", Kind::Configuration),
+            (504, "", Kind::Unreachable),
+            (530, "NOT_ALLOWED - vhost v not found", Kind::Missing),
+            (
+                530,
+                "NOT_ALLOWED - access to vhost 'v' refused for user 'u'",
+                Kind::Refused,
+            ),
+            (
+                530,
+                "NOT_ALLOWED - access to vhost 'v' refused for user 'u': connection limit (1) is reached",
+                Kind::Full,
+            ),
+        ] {
+            assert_eq!(reply_kind(code, text), expected, "{code} {text}");
+        }
+    }
+}

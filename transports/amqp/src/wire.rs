@@ -10,7 +10,7 @@ use lapin::{
 };
 use pillarbox_transport::{
     Error, Kind, Limits, Message, Result, cloudevents,
-    limits::{RESERVED, RESERVED_NAMES},
+    limits::{ID_BYTES, RESERVED, RESERVED_NAMES},
 };
 use sha2::{Digest, Sha256};
 
@@ -145,25 +145,30 @@ pub(crate) fn decode(topic: &str, delivery: &mut Delivery) -> (Message, Option<S
             name => headers.push((name, text(value))),
         }
     }
-    let attribute = |name: &str| {
-        let mut names = headers.iter().map(|(name, _)| *name);
-        names.any(|n| PREFIXES.iter().any(|p| n.strip_prefix(p) == Some(name)))
-    };
-    let message_id = properties.message_id().as_ref().map(ShortString::as_str);
-    let digest = (!attribute("id") && message_id.is_none()).then(|| digest(delivery, &data));
-    if let (false, Some(id)) = (attribute("id"), message_id) {
-        headers.push(("cloudEvents_id", id.to_owned()));
+    let is_id = |name: &str| PREFIXES.iter().any(|p| name.strip_prefix(p) == Some("id"));
+    headers.retain(|(name, id)| !is_id(name) || !id.is_empty());
+    let mut nameless = None;
+    if !headers.iter().any(|(name, _)| is_id(name)) {
+        let property = properties.message_id().as_ref().map(ToString::to_string);
+        match property.filter(|id| !id.is_empty()) {
+            Some(id) => headers.push(("cloudEvents_id", id)),
+            None => nameless = Some(digest(delivery, &data)),
+        }
     }
     let content_type = properties.content_type().as_ref().map(ToString::to_string);
-    let payload = (!tombstone).then(|| Bytes::from(data));
+    let payload = (!tombstone || !data.is_empty()).then(|| Bytes::from(data));
     let (mut message, mut defect) =
         cloudevents::decode(topic, PREFIXES, headers, content_type, payload);
-    if message.id.is_empty() {
-        message.id = digest.unwrap_or_else(|| "sha256:".to_owned());
-        let why = defect.map_or_else(String::new, |defect| format!("; {defect}"));
+    if let Some(id) = nameless {
+        message.id = id;
+        let why = "no id: neither an attribute id nor the property message_id";
+        defect = Some(defect.map_or_else(|| why.to_owned(), |other| format!("{why}; {other}")));
+    } else if message.id.len() > ID_BYTES || message.id.chars().any(char::is_control) {
         defect = Some(format!(
-            "no id: neither an attribute id nor the property message_id{why}"
+            "the id has {} bytes or a control character, expected {ID_BYTES} printable characters at most",
+            message.id.len()
         ));
+        message.id = hex(Sha256::new().chain_update(&message.id));
     }
     if message.kind.is_empty() {
         let kind = properties.kind().as_ref().unwrap_or(&delivery.routing_key);
@@ -191,6 +196,10 @@ fn digest(delivery: &Delivery, data: &[u8]) -> String {
         }
     }
     part(data);
+    hex(hash)
+}
+
+fn hex(hash: Sha256) -> String {
     let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
     format!("sha256:{hex}")
 }
@@ -235,5 +244,168 @@ fn decimal(scale: u8, value: u32) -> String {
         whole.to_owned()
     } else {
         format!("{whole}.{part}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, time::Duration};
+
+    use super::*;
+
+    fn event() -> Message {
+        Message::new("1", "t", "t.a", "{}").with_attribute("source", "s")
+    }
+
+    fn encoder() -> Encoder {
+        Encoder::new(Target::Topics, 131_072)
+    }
+
+    fn headers(properties: &BasicProperties) -> BTreeMap<String, String> {
+        let table = properties.headers().as_ref().unwrap();
+        table
+            .into_iter()
+            .map(|(n, v)| (n.to_string(), text(v)))
+            .collect()
+    }
+
+    /// As it would arrive.
+    fn delivered(wire: Wire, body: &[u8]) -> Delivery {
+        let mut delivery = Delivery::mock(1, wire.exchange, wire.key, false, body.to_vec());
+        delivery.properties = wire.properties;
+        delivery
+    }
+
+    fn foreign(properties: BasicProperties) -> Delivery {
+        let mut delivery = Delivery::mock(1, "t".into(), "t.b".into(), false, b"body".to_vec());
+        delivery.properties = properties;
+        delivery
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        let mut m = event()
+            .with_key("")
+            .with_attribute("datacontenttype", "application/json")
+            .with_header("mine", "ü");
+        m.time = UNIX_EPOCH + Duration::from_micros(1_700_000_000_123_456);
+        for payload in [Some("{}".into()), Some(Bytes::new()), None] {
+            m.payload = payload;
+            let wire = encoder().encode(&m, 1_000).unwrap();
+            let body = m.payload.clone().unwrap_or_default();
+            let (back, defect) = decode("t", &mut delivered(wire, &body));
+            assert_eq!((back, defect), (m.clone(), None));
+        }
+    }
+
+    #[test]
+    fn only_a_missing_payload_has_the_tombstones_mark() {
+        let mut m = event();
+        let wire = encoder().encode(&m, 1_000).unwrap();
+        assert!(!headers(&wire.properties).contains_key(TOMBSTONE));
+        m.payload = None;
+        let wire = encoder().encode(&m, 1_000).unwrap();
+        assert_eq!(headers(&wire.properties)[TOMBSTONE], "true");
+        // An application cannot set it.
+        assert!(
+            encoder()
+                .encode(&event().with_header(TOMBSTONE, "true"), 1_000)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn limits_are_those_of_the_wire() {
+        let kind = |m: &Message, payload| encoder().encode(m, payload).err().map(|e| e.kind());
+        assert_eq!(kind(&event(), 2), None);
+        assert_eq!(kind(&event(), 1), Some(Kind::TooLarge));
+        let long = |n: usize| event().with_header("h", "x".repeat(n));
+        assert_eq!(kind(&long(120_000), 2), None);
+        assert_eq!(kind(&long(131_072), 2), Some(Kind::TooLarge));
+        // A broker may negotiate small frames.
+        let small = Encoder::new(Target::Topics, 4_096);
+        assert!(small.encode(&long(1_000), 2).is_ok());
+        assert!(small.encode(&long(4_000), 2).is_err());
+    }
+
+    #[test]
+    fn long_sources_and_correlations_travel_in_headers_alone() {
+        let m = event()
+            .with_attribute("source", "s".repeat(300))
+            .with_attribute("correlationid", "c".repeat(300));
+        let wire = encoder().encode(&m, 1_000).unwrap();
+        assert_eq!(wire.properties.app_id(), &None);
+        assert_eq!(wire.properties.correlation_id(), &None);
+        assert_eq!(headers(&wire.properties)["cloudEvents_source"].len(), 300);
+    }
+
+    #[test]
+    fn a_message_without_an_id_gets_a_stable_one() {
+        let count = |n: i64| {
+            let mut table = FieldTable::default();
+            table.insert("x-delivery-count".into(), AMQPValue::LongLongInt(n));
+            BasicProperties::default().with_headers(table)
+        };
+        let (first, defect) = decode("t", &mut foreign(count(1)));
+        assert!(defect.unwrap().starts_with("no id: "));
+        assert_eq!(first.id.len(), "sha256:".len() + 64);
+        assert_eq!(first.kind, "t.b");
+        assert_eq!(first.payload.as_deref(), Some(&b"body"[..]));
+        let (again, _) = decode("t", &mut foreign(count(2)));
+        assert_eq!(first.id, again.id);
+        let (other, _) = decode("t", &mut foreign(count(1).with_timestamp(1)));
+        assert_ne!(first.id, other.id);
+    }
+
+    #[test]
+    fn an_empty_id_is_none() {
+        let mut table = FieldTable::default();
+        for (name, value) in [("id", ""), ("specversion", "1.0"), ("type", "t.a")] {
+            let value = AMQPValue::LongString(value.into());
+            table.insert(format!("{PREFIX}{name}").into(), value);
+        }
+        let empty = BasicProperties::default().with_headers(table.clone());
+        let (m, defect) = decode("t", &mut foreign(empty));
+        assert!(m.id.starts_with("sha256:") && m.id.len() > 70, "{}", m.id);
+        assert!(defect.unwrap().contains("no id"));
+        let named = BasicProperties::default()
+            .with_headers(table)
+            .with_message_id("m".into());
+        let (m, _) = decode("t", &mut foreign(named));
+        assert_eq!(m.id, "m");
+    }
+
+    #[test]
+    fn an_id_that_no_store_holds_is_replaced_by_a_stable_one() {
+        for id in ["x".repeat(129), "a\0b".to_owned()] {
+            let named = BasicProperties::default().with_message_id(short(&id).unwrap());
+            let (m, defect) = decode("t", &mut foreign(named.clone()));
+            assert!(m.id.starts_with("sha256:") && m.id.len() == 71, "{}", m.id);
+            assert!(defect.unwrap().contains("expected 128"));
+            assert_eq!(decode("t", &mut foreign(named)).0.id, m.id);
+        }
+    }
+
+    #[test]
+    fn values_of_every_type_become_text() {
+        let mut table = FieldTable::default();
+        table.insert("k".into(), AMQPValue::Void);
+        let decimal = |scale, value| lapin::types::DecimalValue { scale, value };
+        for (value, expected) in [
+            (AMQPValue::LongString(vec![b'a', 0xff].into()), "a\u{fffd}"),
+            (AMQPValue::ByteArray(b"ab".to_vec().into()), "ab"),
+            (AMQPValue::Double(1.5), "1.5"),
+            (AMQPValue::Timestamp(7), "7"),
+            (AMQPValue::DecimalValue(decimal(2, 5)), "0.05"),
+            (AMQPValue::DecimalValue(decimal(0, 5)), "5"),
+            (
+                AMQPValue::DecimalValue(decimal(255, 1)),
+                &format!("0.{}1", "0".repeat(254)),
+            ),
+            (AMQPValue::Void, ""),
+            (AMQPValue::FieldTable(table), "{k: }"),
+        ] {
+            assert_eq!(text(&value), expected);
+        }
     }
 }

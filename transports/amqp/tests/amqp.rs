@@ -1,5 +1,8 @@
 //! The adapter against a real RabbitMQ. What arrived is checked by a raw client that shares no code with it.
 
+// The lint's exception for tests does not see the functions that they share.
+#![allow(clippy::unwrap_used)]
+
 #[path = "amqp/blocked.rs"]
 mod blocked;
 #[path = "amqp/faults.rs"]
