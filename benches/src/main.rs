@@ -9,7 +9,7 @@ mod memory;
 mod raw;
 mod stage;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Command, Parser, Subcommand};
 
 type Failed = Box<dyn std::error::Error + Send + Sync>;
 type Measured<T> = Result<T, Failed>;
@@ -17,8 +17,9 @@ type Measured<T> = Result<T, Failed>;
 /// Measures the relay from PostgreSQL to RabbitMQ beside a raw client.
 #[derive(Parser)]
 struct Arguments {
+    /// Without it, all three with their defaults.
     #[command(subcommand)]
-    what: What,
+    what: Option<What>,
 }
 
 #[derive(Subcommand)]
@@ -37,9 +38,21 @@ enum What {
 #[tokio::main]
 async fn main() -> Measured<()> {
     match Arguments::parse().what {
-        What::Drain(drain) => drain.run().await,
-        What::Latency(latency) => latency.run().await,
-        What::Memory(memory) => memory.run().await,
-        What::Relay(child) => child.run().await,
+        Some(What::Drain(drain)) => drain.run().await,
+        Some(What::Latency(latency)) => latency.run().await,
+        Some(What::Memory(memory)) => memory.run().await,
+        Some(What::Relay(child)) => child.run().await,
+        None => {
+            defaults::<drain::Drain>().run().await?;
+            defaults::<latency::Latency>().run().await?;
+            defaults::<memory::Memory>().run().await
+        }
     }
+}
+
+/// What the arguments are when none are given.
+fn defaults<T: Args>() -> T {
+    let command = T::augment_args(Command::new("defaults"));
+    let matches = command.get_matches_from(["defaults"]);
+    T::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
 }
