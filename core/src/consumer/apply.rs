@@ -4,13 +4,14 @@ use std::{collections::HashSet, panic::AssertUnwindSafe, time::Duration};
 
 use futures_util::FutureExt;
 use pillarbox_transport::Message;
+use tokio::time::Instant;
 
 use super::{Context, Core, Failure, Next, handler::AnyHandler};
 use crate::{
     error::{Error, Kind},
     event::Key,
     failure::{DeadLetter, Deferral, LineId, Resolution, Retry},
-    lease::Lease,
+    lease::{Keeper, Lease},
     store::Unit,
 };
 
@@ -41,6 +42,8 @@ pub(super) enum Undone {
 /// What was committed.
 #[derive(Debug, Default)]
 pub(super) struct Applied {
+    /// How many of the events, from the first on; less than all when they take their time.
+    pub(super) handled: usize,
     pub(super) applied: u64,
     pub(super) duplicates: u64,
     pub(super) skipped: u64,
@@ -57,11 +60,11 @@ enum Verdict {
     Failed { next: Next, reason: String },
 }
 
-/// Applies events in order in one transaction that proves `lease` at its end. `overdue`: the reason why the one event
-/// failed already (it took too long, alone), so that its attempt is counted without running it again.
+/// Applies events in order in one transaction that proves the lease at its end, and renews it. `overdue`: the reason why
+/// the one event failed already (it took too long, alone), so that its attempt is counted without running it again.
 pub(super) async fn apply(
     core: &Core,
-    lease: &Lease,
+    (lease, keeper): (&Lease, &Keeper),
     events: &[Incoming],
     durable: bool,
     overdue: Option<&str>,
@@ -75,7 +78,9 @@ pub(super) async fn apply(
     let done = run(core, &mut *unit, events, overdue).await;
     match done {
         Ok(applied) => {
+            let sent = Instant::now();
             unit.commit(lease, term).await.map_err(Undone::of)?;
+            keeper.renewed(sent);
             applied.count(&core.group);
             Ok(applied)
         }
@@ -103,7 +108,12 @@ async fn run(
         unit.blocked(&messages).await.map_err(Undone::of)?
     };
     let mut lines = HashSet::<Key>::new();
+    let (begun, most) = (Instant::now(), batch_time(core.settings.lease.term()));
     for (event, blocked) in events.iter().zip(blocked) {
+        if done.handled > 0 && begun.elapsed() >= most {
+            break;
+        }
+        done.handled += 1;
         let key = Key::of(&event.message);
         let Some(handler) = core.handler(event, &mut done) else {
             continue;
@@ -257,6 +267,12 @@ async fn attempt(
 /// A handler ends before the database would end its idle transaction, so that the reason is known.
 pub(super) fn handler_time(statement: Duration) -> Duration {
     statement * 9 / 10
+}
+
+/// When a batch begins no further event. On a database with one writer the lease cannot be renewed before the COMMIT, so
+/// this and the longest handler together stay below the time for which it is trusted.
+fn batch_time(term: Duration) -> Duration {
+    term / 5
 }
 
 /// Writes what follows from a verdict. True if the event waits now.

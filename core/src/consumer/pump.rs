@@ -77,11 +77,9 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
                 return Ok(());
             }
             if line.due_in.is_zero() {
-                let sent = Instant::now();
-                if drain_line(core, lease, &line).await? {
+                if drain_line(core, (lease, keeper), &line).await? {
                     next = Duration::ZERO;
                 }
-                keeper.renewed(sent);
             } else {
                 next = next.min(line.due_in);
             }
@@ -97,7 +95,11 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
 }
 
 /// Applies the due events at the head of a line, in order. True if there may be more at once.
-async fn drain_line(core: &Core, lease: &Lease, line: &Line) -> Result<bool> {
+async fn drain_line(
+    core: &Core,
+    owner @ (lease, _): (&Lease, &Keeper),
+    line: &Line,
+) -> Result<bool> {
     let waiting = core
         .store
         .line(lease, line.key.as_ref(), &line.head, BATCH)
@@ -115,7 +117,7 @@ async fn drain_line(core: &Core, lease: &Lease, line: &Line) -> Result<bool> {
             }
         })
         .collect();
-    match apply(core, lease, &events, true, None).await {
+    match apply(core, owner, &events, true, None).await {
         Ok(applied) => return Ok(!applied.waits),
         Err(Undone::Alone(reason)) => {
             tracing::debug!(group = %core.group, %reason, "a line goes on event by event");
@@ -126,10 +128,10 @@ async fn drain_line(core: &Core, lease: &Lease, line: &Line) -> Result<bool> {
     let Some(head) = events.first().map(std::slice::from_ref) else {
         return Ok(false);
     };
-    match apply(core, lease, head, true, None).await {
+    match apply(core, owner, head, true, None).await {
         Ok(applied) => Ok(!applied.waits),
         Err(Undone::Alone(reason)) if !reason.is_empty() => {
-            match apply(core, lease, head, true, Some(&reason)).await {
+            match apply(core, owner, head, true, Some(&reason)).await {
                 Ok(applied) => Ok(!applied.waits),
                 Err(undone) => waits(core, lease, undone),
             }

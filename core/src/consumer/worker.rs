@@ -121,31 +121,109 @@ async fn consume(
     subscription: &mut dyn Subscription,
     stop: &CancellationToken,
 ) -> Result<()> {
-    let mut settled = Settled {
-        position: None,
-        written: None,
-        at: Instant::now(),
+    let mut session = Session {
+        core,
+        source,
+        lease,
+        keeper,
+        stop,
+        settled: Settled {
+            position: None,
+            written: None,
+            at: Instant::now(),
+        },
     };
-    loop {
+    while !stop.is_cancelled() {
         let batch = tokio::select! {
             biased;
-            () = stop.cancelled() => return settled.write(core, lease, true).await,
+            () = stop.cancelled() => break,
             () = keeper.lost().cancelled() => return Ok(()),
             batch = collect(subscription, core.settings.batch) => batch?,
         };
-        let (events, acks): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
         tokio::select! {
             biased;
             // Dropping the transaction undoes it; its fence would refuse it anyhow.
             () = keeper.lost().cancelled() => return Ok(()),
-            applied = commit(core, source, lease, keeper, &events) => applied?,
+            () = overstayed(stop, core.settings.drain) => return Ok(()),
+            stored = session.store(batch) => stored?,
         }
-        core.clear(&source.name);
+    }
+    session.settled.write(core, lease, true).await
+}
+
+/// Resolves when a stop has waited for as long as it may.
+async fn overstayed(stop: &CancellationToken, drain: Duration) {
+    stop.cancelled().await;
+    tokio::time::sleep(drain).await;
+}
+
+struct Session<'a> {
+    core: &'a Core,
+    source: &'a Source,
+    lease: &'a Lease,
+    keeper: &'a Keeper,
+    stop: &'a CancellationToken,
+    settled: Settled,
+}
+
+impl Session<'_> {
+    /// Stores a batch, in one transaction or event by event, and acknowledges what is stored. Goes on for as long as the
+    /// lease lasts; an outage is left to the session's end, which returns the rest to the broker, as a stop does.
+    async fn store(&mut self, batch: Vec<Delivery>) -> Result<()> {
+        let (events, acks): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
+        let mut acks = acks.into_iter();
+        let (mut left, mut together, mut overdue) = (&events[..], true, None::<String>);
+        let mut backoff = Backoff::connection();
+        while !left.is_empty() && !self.stop.is_cancelled() {
+            let part = if together { left } else { &left[..1] };
+            match self.apply(part, overdue.take()).await {
+                Ok(stored) => {
+                    self.acknowledge(acks.by_ref().take(stored)).await?;
+                    left = &left[stored..];
+                    backoff.reset();
+                }
+                Err(Undone::Away(e)) => return Err(e),
+                Err(Undone::Fenced) => return Err(lost(self.lease)),
+                Err(Undone::Alone(_)) if part.len() > 1 => together = false,
+                // It named itself by ending alone: an attempt.
+                Err(Undone::Alone(reason)) if !reason.is_empty() => overdue = Some(reason),
+                Err(Undone::Alone(_)) => self.wait(&mut backoff).await,
+                Err(Undone::Unavailable(reason)) => {
+                    self.core.note(&self.source.name, &reason);
+                    self.wait(&mut backoff).await;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers how many of the events, from the first on, are stored now.
+    async fn apply(&self, events: &[Incoming], overdue: Option<String>) -> Result<usize, Undone> {
+        // Where the acknowledgement destroys the message, the commit must be on disk before it.
+        let durable = !self.source.replayable;
+        let owner = (self.lease, self.keeper);
+        let applied = apply(self.core, owner, events, durable, overdue.as_deref()).await?;
+        if applied.deferred > 0 || applied.dead > 0 {
+            self.core.deferred.notify_one();
+        }
+        Ok(applied.handled)
+    }
+
+    async fn acknowledge(&mut self, acks: impl Iterator<Item = (Option<u64>, Ack)>) -> Result<()> {
+        self.core.clear(&self.source.name);
         for (position, ack) in acks {
-            settled.position = position.or(settled.position);
+            self.settled.position = position.or(self.settled.position);
             ack.ack().await?;
         }
-        settled.write(core, lease, false).await?;
+        self.settled.write(self.core, self.lease, false).await
+    }
+
+    async fn wait(&self, backoff: &mut Backoff) {
+        tokio::select! {
+            biased;
+            () = self.stop.cancelled() => {}
+            () = tokio::time::sleep(backoff.step()) => {}
+        }
     }
 }
 
@@ -201,84 +279,6 @@ fn split(delivery: Delivery) -> (Incoming, (Option<u64>, Ack)) {
         },
         (position, ack),
     )
-}
-
-/// Commits a batch, whole or event by event. Comes back only with everything stored, or with an error that ends the session.
-async fn commit(
-    core: &Core,
-    source: &Source,
-    lease: &Lease,
-    keeper: &Keeper,
-    events: &[Incoming],
-) -> Result<()> {
-    let sent = Instant::now();
-    // Where the acknowledgement destroys the message, the commit must be on disk before it.
-    match apply(core, lease, events, !source.replayable, None).await {
-        Ok(applied) => {
-            keeper.renewed(sent);
-            if applied.deferred > 0 || applied.dead > 0 {
-                core.deferred.notify_one();
-            }
-            Ok(())
-        }
-        Err(Undone::Alone(_)) if events.len() > 1 => {
-            for event in events {
-                alone(core, source, lease, event).await?;
-            }
-            Ok(())
-        }
-        Err(undone) => retry_alone(core, source, lease, events, undone).await,
-    }
-}
-
-async fn alone(core: &Core, source: &Source, lease: &Lease, event: &Incoming) -> Result<()> {
-    let event = std::slice::from_ref(event);
-    match apply(core, lease, event, !source.replayable, None).await {
-        Ok(applied) => {
-            if applied.deferred > 0 || applied.dead > 0 {
-                core.deferred.notify_one();
-            }
-            Ok(())
-        }
-        Err(undone) => retry_alone(core, source, lease, event, undone).await,
-    }
-}
-
-/// Goes on after an undone transaction for as long as the lease lasts. An outage is left to the session's end, which
-/// returns everything to the broker.
-async fn retry_alone(
-    core: &Core,
-    source: &Source,
-    lease: &Lease,
-    events: &[Incoming],
-    mut undone: Undone,
-) -> Result<()> {
-    let mut backoff = Backoff::connection();
-    loop {
-        let mut overdue = None;
-        match undone {
-            Undone::Away(e) => return Err(e),
-            Undone::Fenced => return Err(lost(lease)),
-            // It named itself by ending alone: an attempt.
-            Undone::Alone(reason) if !reason.is_empty() && events.len() == 1 => {
-                overdue = Some(reason)
-            }
-            Undone::Alone(_) => tokio::time::sleep(backoff.step()).await,
-            Undone::Unavailable(reason) => {
-                core.note(&source.name, &reason);
-                tokio::time::sleep(backoff.step()).await;
-            }
-        }
-        match apply(core, lease, events, !source.replayable, overdue.as_deref()).await {
-            Ok(applied) => {
-                if applied.deferred > 0 || applied.dead > 0 {
-                    core.deferred.notify_one();
-                }
-                return Ok(());
-            }
-            Err(next) => undone = next,
-        }
-    }
 }
 
 fn lost(lease: &Lease) -> Error {
