@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::{
     connection::{Connection, Database},
-    error::{Error, Kind, Result},
+    error::{Error, Kind, Result, sqlstate},
     event::Event,
     wake::Wake,
 };
@@ -182,9 +182,23 @@ impl Outbox {
         self.statements
             .run(&mut connection, rows)
             .await
-            .map_err(|e| Error::database("enqueue", e))?;
+            .map_err(|e| self.failed(e))?;
         self.wake.enqueued();
         Ok(())
+    }
+
+    fn failed(&self, e: sqlx::Error) -> Error {
+        let state = sqlstate(&e);
+        let missing = format!("no such table: {}_outbox", self.database.store().schema());
+        let no_table = matches!(state.as_deref(), Some("42P01" | "3F000"))
+            || e.as_database_error()
+                .is_some_and(|d| d.message() == missing);
+        if no_table {
+            let text =
+                "the outbox is not in this database: call pillarbox::migrate once at the start";
+            return Error::new(Kind::NotMigrated, "enqueue", text).caused_by(e);
+        }
+        Error::database("enqueue", e)
     }
 
     fn row(&self, message: &Message) -> Result<Row> {
