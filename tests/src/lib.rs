@@ -13,7 +13,7 @@ pub mod wire;
 mod world;
 
 pub use effect::{Call, Tick, TickHandler, Ticked, effects, numbers_by_key};
-pub use world::{Kind, QUEUE, TOPIC, World, amqp_config, connect, open, until};
+pub use world::{Kind, TOPIC, Way, World, amqp_config, connect, open, until};
 
 /// Runs one body in both worlds: SQLite with the in-process transport, PostgreSQL with RabbitMQ.
 #[macro_export]

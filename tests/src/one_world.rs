@@ -1,9 +1,55 @@
 //! The cases that only one of the two worlds can have, each with its reason. Everything else runs in both.
 
-use crate::Kind;
+use crate::Kind::{self, Embedded, Servers};
+
+const ONE_WRITER: &str = "one SQLite writer blocks the others: no transaction commits later than one that began after it";
+const NO_WIRE: &str = "memory has no wire: no stranger can send it a message without an envelope";
+const NO_BROKER: &str = "memory has no server that could be away, full, frozen or restarted";
+const NO_SETTING: &str = "SQLite has no such setting";
 
 /// (test, the world that has it, why the other cannot).
-pub const CASES: &[(&str, Kind, &str)] = &[];
+pub const CASES: &[(&str, Kind, &str)] = &[
+    ("a_transaction_that_commits_late_is_delivered", Servers, ONE_WRITER),
+    (
+        "messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reason",
+        Servers,
+        NO_WIRE,
+    ),
+    (
+        "a_type_without_handler_is_skipped_and_counted",
+        Servers,
+        "memory gives a group only the types that it has handlers for",
+    ),
+    ("a_full_queue_costs_nothing_but_time", Servers, NO_BROKER),
+    ("a_missing_exchange_costs_nothing_but_time", Servers, NO_BROKER),
+    ("a_broker_that_is_away_at_the_start_is_waited_for", Servers, NO_BROKER),
+    (
+        "a_group_that_does_not_read_costs_nothing_but_time",
+        Embedded,
+        "a queue takes events for a group that does not read",
+    ),
+    (
+        "sqlstates_that_are_nobodys_fault_burn_no_attempt",
+        Servers,
+        "SQLite raises no such states; its own, busy, has a test of its own",
+    ),
+    (
+        "a_database_that_is_busy_burns_no_attempt",
+        Embedded,
+        "PostgreSQL's writers wait for each other row by row",
+    ),
+    ("the_hosts_isolation_level_is_not_the_engines", Servers, NO_SETTING),
+    (
+        "memory_says_ok_once_every_group_has_committed",
+        Embedded,
+        "a broker's Ok says that its queues have the event, not its groups",
+    ),
+    (
+        "memory_is_held_by_one_at_a_time",
+        Embedded,
+        "a broker is shared by any number of processes",
+    ),
+];
 
 /// Fails for a test that runs in one world without standing in the table.
 ///

@@ -3,7 +3,7 @@ use std::{sync::Arc, time::Duration};
 use pillarbox_amqp::{Amqp, Config, Queue};
 use pillarbox_core::{
     Connection, Consumer, ConsumerSettings, Database, Event as _, Outbox, Pool, Relay,
-    RelaySettings, lease::LeaseTerm, migrate,
+    RelaySettings, Running, lease::LeaseTerm, migrate,
 };
 use pillarbox_testkit::servers::{self, RabbitMq};
 use pillarbox_transport::{Message, Transport, memory::Memory};
@@ -19,8 +19,6 @@ use crate::{
 
 /// The tests' topic.
 pub const TOPIC: &str = "test.events";
-/// The group of a child program, and of its parent's checks.
-pub const QUEUE: &str = "test.events.ticks";
 
 /// Which world a body runs in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -222,6 +220,20 @@ impl World {
         assert!(stored, "{outcomes:?}");
     }
 
+    /// Starts a relay of this outbox and a consumer, which is bound before.
+    pub async fn start(&self, outbox: &Outbox, consumer: Consumer) -> Way {
+        self.start_with(self.relay(outbox), consumer).await
+    }
+
+    /// Starts this relay and a consumer, which is bound before.
+    pub async fn start_with(&self, relay: Relay, mut consumer: Consumer) -> Way {
+        consumer.bind().await.expect("bind");
+        let consumer = consumer.spawn();
+        let relay = relay.spawn();
+        until("the consumer reads", async || consumer.health().held > 0).await;
+        Way { relay, consumer }
+    }
+
     /// The committed effects, in the order in which they happened.
     pub async fn effects(&self) -> Vec<Ticked> {
         effects(&self.consumer).await
@@ -233,6 +245,23 @@ impl World {
             self.effects().await.len() >= count
         })
         .await;
+    }
+}
+
+/// A relay and a consumer at work.
+#[must_use = "stop it"]
+pub struct Way {
+    /// The relay.
+    pub relay: Running,
+    /// The consumer.
+    pub consumer: Running,
+}
+
+impl Way {
+    /// Stops both, which is possible at any time.
+    pub async fn stop(self) {
+        self.relay.shutdown().await.expect("the relay ends well");
+        self.consumer.shutdown().await.expect("the consumer ends well");
     }
 }
 

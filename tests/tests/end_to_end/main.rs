@@ -1,3 +1,36 @@
 //! An event's way from commit to effect, in both worlds.
 
+mod bounds;
+mod duplicates;
+mod enqueue;
+mod failing;
+mod handlers;
+mod late;
+mod owners;
+mod poison;
+mod refused;
+mod settings;
+mod start;
 mod way;
+
+use std::time::Duration;
+
+use pillarbox_core::failure::Retry;
+use pillarbox_tests::one_world;
+
+/// A schedule without chance.
+fn retry(delays: &[u64]) -> Retry {
+    Retry {
+        delays: delays.iter().map(|ms| Duration::from_millis(*ms)).collect(),
+        jitter: 0.0,
+    }
+}
+
+/// What one of the worlds cannot have, for whoever wonders about a test that has no twin.
+#[test]
+fn each_case_of_one_world_has_its_reason() {
+    for (test, world, reason) in one_world::CASES {
+        println!("{test}: {world:?} alone; {reason}");
+        assert!(reason.len() > 20, "{test} needs a reason");
+    }
+}
