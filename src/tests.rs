@@ -150,7 +150,7 @@ mod rabbitmq {
             ),
             (
                 "url = 'amqp://h'\nprefetch = 0",
-                "line 2: transport.amqp: prefetch: found 0 (no limit), expected 1 to 65535",
+                "line 4: transport.amqp.prefetch: found 0 (no limit), expected 1 to 65535",
             ),
             (
                 "",

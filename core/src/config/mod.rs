@@ -73,7 +73,7 @@ pub struct Config {
 }
 
 impl Config {
-    /// Reads a file (at most 1 MiB) and the environment.
+    /// Reads a file (at most 1 MiB) and the environment. Logs a warning for a file with a password that everybody may read.
     ///
     /// # Errors
     /// [`Kind::Configuration`](crate::Kind::Configuration) when there is no such file, when it is not TOML, or when

@@ -185,6 +185,11 @@ impl Scope {
         }
     }
 
+    /// The section, if there is one.
+    pub(super) fn section(&self) -> Option<&str> {
+        self.section.as_deref()
+    }
+
     /// Where the value of a merged path really stands: in the section, if it is there.
     fn located(&self, path: &[String]) -> Vec<String> {
         let Some(section) = &self.section else {
@@ -346,7 +351,7 @@ pub(super) fn is_table(value: &Value) -> bool {
 }
 
 /// The name of a table that is one letter away from one of ours.
-pub(super) fn misspelt<'a>(rest: &'a Dict) -> Option<(&'a str, &'static str)> {
+pub(super) fn misspelt(rest: &Dict) -> Option<(&str, &'static str)> {
     let tables = rest
         .iter()
         .filter(|(_, v)| is_table(v))

@@ -55,8 +55,12 @@ impl Source {
         let name = path.display().to_string();
         let text = read(path, &name)?;
         let source = Self::parse(name, &text, variables)?;
-        #[cfg(unix)]
-        source.warn_if_exposed(path, &text);
+        if is_exposed(path, &text) {
+            tracing::warn!(
+                file = %source.name,
+                "holds a password and every user of this machine may read it; take the right away, or use url_file"
+            );
+        }
         Ok(source)
     }
 
@@ -165,26 +169,26 @@ impl Source {
     pub(super) fn variable(&self, path: &[String]) -> Option<&str> {
         self.variables.get(path).map(|v| v.text.as_str())
     }
+}
 
-    /// One line for a file with a password that every user of the machine may read.
+/// Whether every user of the machine may read a password that leads to another machine.
+fn is_exposed(path: &Path, text: &str) -> bool {
     #[cfg(unix)]
-    fn warn_if_exposed(&self, path: &Path, text: &str) {
+    {
         use std::os::unix::fs::PermissionsExt as _;
-        let readable = std::fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o004 != 0);
-        let password = text.split("://").skip(1).any(|rest| {
-            let authority = rest.split(['/', '"', '\'', '\n']).next().unwrap_or("");
-            let local = ["localhost", "127.0.0.1", "[::1]"];
-            authority.rsplit_once('@').is_some_and(|(user, host)| {
-                user.contains(':') && !local.iter().any(|l| host.starts_with(l))
-            })
-        });
-        if readable && password {
-            tracing::warn!(
-                file = %self.name,
-                "holds a password and every user of this machine may read it; take the right away, or use url_file"
-            );
+        if std::fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o004 == 0) {
+            return false;
         }
     }
+    #[cfg(not(unix))]
+    let _ = path;
+    text.split("://").skip(1).any(|rest| {
+        let authority = rest.split(['/', '"', '\'', '\n']).next().unwrap_or("");
+        let local = ["localhost", "127.0.0.1", "[::1]"];
+        authority.rsplit_once('@').is_some_and(|(user, host)| {
+            user.contains(':') && !local.iter().any(|l| host.starts_with(l))
+        })
+    })
 }
 
 fn read(path: &Path, name: &str) -> Result<String> {
@@ -313,4 +317,30 @@ pub(super) fn get<'a>(root: &'a Dict, path: &[String]) -> Option<&'a Value> {
         };
     }
     Some(value)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_password_that_everybody_may_read_is_noticed() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let exposed = |mode, text: &str| {
+            let permissions = std::fs::Permissions::from_mode(mode);
+            std::fs::set_permissions(file.path(), permissions).unwrap();
+            is_exposed(file.path(), text)
+        };
+        assert!(exposed(0o644, "url = \"postgres://shop:secret@db/shop\""));
+        assert!(!exposed(0o640, "url = \"postgres://shop:secret@db/shop\""));
+        for text in [
+            "url = \"postgres://shop@db/shop\"",
+            "url = \"amqp://guest:guest@localhost:5672\"",
+            "url = \"http://127.0.0.1:8081\" # mail me: a@b",
+        ] {
+            assert!(!exposed(0o644, text), "{text}");
+        }
+    }
 }

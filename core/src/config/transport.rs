@@ -123,11 +123,20 @@ impl TransportSettings {
         }
     }
 
-    /// An error about a key of `[transport]`, such as `kind` or the name of a kind's table, with where that stands.
+    /// An error about a key of `[transport]`, such as `kind` or the name of a kind's table, with where that stands. A
+    /// reason that begins with the name of a field that the table has, as in `url: found …`, is about that field.
     #[must_use]
     pub fn refuse(&self, key: &str, reason: &str) -> Error {
-        let path = ["transport".to_owned(), key.to_owned()];
-        refuse(self.scope.sentence(&path, format_args!("{reason}")))
+        let mut path = vec!["transport".to_owned(), key.to_owned()];
+        let table = self.tables.get(key).and_then(Value::as_dict);
+        let text = match reason.split_once(": ") {
+            Some((field, rest)) if table.is_some_and(|t| t.contains_key(field)) => {
+                path.push(field.to_owned());
+                rest
+            }
+            _ => reason,
+        };
+        refuse(self.scope.sentence(&path, format_args!("{text}")))
     }
 }
 

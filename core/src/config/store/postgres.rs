@@ -39,7 +39,10 @@ const SSL_MODES: [&str; 6] = [
 ];
 
 pub(super) fn pool(settings: &StoreSettings, url: &str) -> Result<PgPool> {
-    let options = options(settings, url)?;
+    let mut options = options(settings, url)?;
+    if options.get_application_name().is_none() {
+        options = options.application_name(settings.scope.section().unwrap_or("pillarbox"));
+    }
     let pool = PgPoolOptions::new()
         .max_connections(settings.max_connections)
         .acquire_timeout(settings.connect_timeout)
