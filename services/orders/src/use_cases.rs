@@ -93,7 +93,7 @@ impl Orders {
         {
             // Advice: only an attempt makes the refusal an event, and somebody may give stock back meanwhile.
             Ok(Some(advice)) if advice.sufficient => {}
-            Ok(_) => tracing::info!(order = %order.id, "inventory advises against it"),
+            Ok(_) => tracing::debug!(order = %order.id, "inventory advises against it"),
             Err(reason) => tracing::debug!(order = %order.id, %reason, "no advice"),
         }
         let wanted = Reserve {
@@ -106,7 +106,7 @@ impl Orders {
             Ok(Ok(_)) => {}
             Ok(Err(refused)) => {
                 let reason = refused.reason;
-                tracing::info!(order = %order.id, %reason, "inventory refuses");
+                tracing::debug!(order = %order.id, %reason, "inventory refuses");
                 if reason == Refusal::AlreadyReserved {
                     tracing::error!(order = %order.id, "inventory holds another quantity for it");
                 }
