@@ -106,7 +106,7 @@ impl<T> Window<T> {
     /// How many more events it takes now. One event fits however large it is, if nothing is held.
     #[must_use]
     pub fn room(&self) -> usize {
-        if self.room_bytes() == 0 && self.held > 0 {
+        if self.bytes >= self.limits.bytes && self.held > 0 {
             return 0;
         }
         let held = self.limits.held.saturating_sub(self.held);
@@ -114,12 +114,6 @@ impl<T> Window<T> {
             .unsettled
             .saturating_sub(self.entries.len())
             .min(held)
-    }
-
-    /// How many more bytes it takes now.
-    #[must_use]
-    pub fn room_bytes(&self) -> usize {
-        self.limits.bytes.saturating_sub(self.bytes)
     }
 
     /// Events between the prefix and the newest.

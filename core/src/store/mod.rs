@@ -54,7 +54,8 @@ pub trait Store: Send + Sync + 'static {
     /// Gives a lease back, so that the next owner need not wait. Does nothing if it is lost.
     async fn release(&self, lease: &Lease) -> Result<()>;
 
-    /// The next events of a relay partition after `from`, in order.
+    /// The next events of a relay partition after `from`, in order: at most `limit`, and fewer where they are large (a
+    /// few tens of MiB), so that no backlog of large payloads fills the memory.
     async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice>;
 
     /// Waits until everything that a slice showed is on disk, and proves that the database has not crashed since the

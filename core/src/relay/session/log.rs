@@ -16,7 +16,8 @@ impl Session<'_> {
         self.reading = true;
         let (store, lease, from) = (self.store.clone(), self.lease.clone(), self.from.clone());
         let partition = self.partition;
-        let limit = self.read_limit();
+        let room = u32::try_from(self.window.room()).unwrap_or(u32::MAX);
+        let limit = room.min(self.core.settings.batch);
         let read = async move {
             let slice = store.read(partition, &from, limit).await?;
             // What a crash of the database could still undo is not shown to anybody.
@@ -26,16 +27,6 @@ impl Session<'_> {
             Ok(slice)
         };
         self.work.push(read.map(Done::Read).boxed());
-    }
-
-    /// Payloads may be large, and how large is known only once they are read: as many as would fit if they were like
-    /// the last ones.
-    fn read_limit(&self) -> u32 {
-        let fitting = (self.window.room_bytes() / self.typical.max(1)).max(1);
-        let limit = self.window.room().min(fitting);
-        u32::try_from(limit)
-            .unwrap_or(u32::MAX)
-            .min(self.core.settings.batch)
     }
 
     /// Not for every place that falls free: a read has a price.
@@ -77,10 +68,6 @@ impl Session<'_> {
             self.poll_at = now + self.poll;
         } else {
             (self.poll_at, self.poll) = (now, self.core.settings.busy_poll);
-        }
-        if !slice.events.is_empty() {
-            let bytes: usize = slice.events.iter().map(|e| e.message.size()).sum();
-            self.typical = (bytes / slice.events.len()).max(self.typical / 2);
         }
         for event in slice.events {
             self.push(event);
