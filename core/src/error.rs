@@ -1,3 +1,5 @@
+//! What can go wrong, by meaning.
+
 use std::{borrow::Cow, error::Error as StdError, fmt};
 
 /// The engine's result.
@@ -145,12 +147,12 @@ pub(crate) fn is_away(e: &sqlx::Error) -> bool {
         | sqlx::Error::PoolTimedOut
         | sqlx::Error::PoolClosed
         | sqlx::Error::WorkerCrashed => true,
-        _ => sqlstate(e).is_some_and(|code| {
-            code.starts_with("08")
-                || code.starts_with("53")
-                || code.starts_with("57P")
-                || code == "25006"
-                || sqlite_code(&code).is_some_and(|n| matches!(n & 0xff, 5 | 6 | 8 | 10 | 13 | 14))
+        _ => sqlstate(e).is_some_and(|code| match sqlite_code(&code) {
+            Some(n) => matches!(n & 0xff, 5 | 6 | 8 | 10 | 13 | 14 | 15),
+            None => {
+                let class = ["08", "53", "57P"].iter().any(|c| code.starts_with(c));
+                class || code == "25006"
+            }
         }),
     }
 }

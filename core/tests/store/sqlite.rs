@@ -301,6 +301,13 @@ async fn a_memory_database_lives_in_the_hosts_pool() {
         let mut unit = store.begin("g", suite::term(), true).await.unwrap();
         assert!(unit.remember(&events[0]).await.unwrap());
         unit.rollback().await.unwrap();
+        // There is no other connection that could replace one whose transaction a handler has ended.
+        let mut unit = store.begin("g", suite::term(), true).await.unwrap();
+        suite::handle(&mut *unit, "COMMIT").await.unwrap();
+        unit.rollback().await.unwrap();
+        let mut unit = store.begin("g", suite::term(), true).await.unwrap();
+        suite::handle(&mut *unit, "SELECT 1").await.unwrap();
+        unit.rollback().await.unwrap();
         let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM pillarbox_inbox")
             .fetch_one(&pool)
             .await

@@ -276,10 +276,12 @@ macro_rules! exercise {
             consumer::a_source_keeps_its_position,
             consumer::a_source_made_anew_is_read_from_its_start,
             drops::dropped_calls_do_no_harm,
+            drops::a_dropped_write_still_comes_to_its_end,
             drops::dropped_units_do_no_harm,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,
+            texts::a_long_reason_is_cut,
         }
     };
 }

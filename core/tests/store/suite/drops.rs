@@ -126,6 +126,21 @@ async fn later_writes_are_seen(bench: &dyn Bench, store: &dyn Store, lease: &Lea
     }
 }
 
+pub(crate) async fn a_dropped_write_still_comes_to_its_end(bench: &dyn Bench) {
+    let database = migrated(bench).await;
+    let store: Arc<dyn Store> = database.store().clone();
+    let lease = acquire(&*store, &relay()).await.lease;
+    for n in 1..=10 {
+        let event = [deferral(&message(None))];
+        dropped(1, store.defer(&lease, &event)).await;
+        let started = Instant::now();
+        while bench.number("SELECT count(*) FROM {deferred}").await < n {
+            assert!(started.elapsed() < Duration::from_secs(20), "it stopped");
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 pub(crate) async fn dropped_units_do_no_harm(bench: &dyn Bench) {
     let database = migrated(bench).await;
     let store: Arc<dyn Store> = database.store().clone();

@@ -140,3 +140,17 @@ pub(crate) async fn dead_letters_keep_every_text_and_payload(bench: &dyn Bench) 
         assert_eq!(found.reason, ODD.join(" "));
     }
 }
+
+pub(crate) async fn a_long_reason_is_cut(bench: &dyn Bench) {
+    let database = migrated(bench).await;
+    let store = database.store();
+    let lease = acquire(&**store, &pump()).await.lease;
+    let m = message(None);
+    let mut event = letter(&m);
+    event.reason = "x".to_owned() + &"é".repeat(50_000);
+    store.bury(&lease, &[event]).await.unwrap();
+    let found = store.uncopied(GROUP, 1).await.unwrap();
+    let reason = &found[0].reason;
+    assert!(reason.starts_with("xéé"));
+    assert!((1_000..10_000).contains(&reason.len()), "{}", reason.len());
+}
