@@ -267,6 +267,7 @@ async fn close(connection: &Connection, cut: &Cut, limit: Duration) {
     cut.cut();
 }
 
+/// Reaches the broker, then hands the socket to lapin. A socket that lapin fails to get itself costs it a task for ever.
 async fn establish(
     endpoint: Endpoint,
     tls: Option<RustlsConnector>,
@@ -274,42 +275,55 @@ async fn establish(
     limit: Duration,
     cut: Cut,
 ) -> lapin::Result<Connection> {
+    let AMQPUri { authority, .. } = &endpoint.0;
+    let runtime = lapin::runtime::default_runtime()?;
+    let address = (authority.host.as_str(), authority.port);
+    let found: Vec<SocketAddr> = tokio::net::lookup_host(address).await?.collect();
+    // One address that does not answer leaves time for the others.
+    let share = limit / u32::try_from(found.len().max(1)).unwrap_or(u32::MAX);
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the host has no address");
+    let mut reached = None;
+    for address in found {
+        match timeout(share, AsyncTcpStream::connect(&runtime, address)).await {
+            Ok(Ok(stream)) => {
+                reached = Some(stream);
+                break;
+            }
+            Ok(Err(e)) => last = e,
+            Err(_) => last = io::ErrorKind::TimedOut.into(),
+        }
+    }
+    let mut stream = reached.ok_or(last)?;
+    if let AsyncTcpStream::Plain(tcp) = &stream {
+        cut.arm(SockRef::from(tcp.get_ref()).try_clone()?)?;
+    }
+    if let Some(tls) = &tls {
+        stream = stream.into_rustls(tls, &authority.host).await?;
+    }
+    let stream = Lock::new(Some(stream));
+    let hand_over = async move |_, _| {
+        hush();
+        let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(stream
+            .ok_or(io::ErrorKind::ConnectionAborted)
+            .map_err(io::Error::from)?)
+    };
+    Connection::connector(endpoint.0, runtime, hand_over, properties(role)).await
+}
+
+fn properties(role: Role) -> ConnectionProperties {
     let name = match role {
         Role::Publishing => "pillarbox publishing",
         Role::Consuming => "pillarbox consuming",
     };
-    let properties = ConnectionProperties::default()
+    ConnectionProperties::default()
         .with_connection_name(name.into())
         .with_client_property("product".into(), "Pillarbox".into())
-        .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into());
-    // Runs on lapin's own thread for this connection.
-    Connection::connector(
-        endpoint.0,
-        lapin::runtime::default_runtime()?,
-        async move |AMQPUri { authority, .. }, runtime| {
-            hush();
-            let stream = async {
-                let address = (authority.host.as_str(), authority.port);
-                let found: Vec<SocketAddr> = tokio::net::lookup_host(address).await?.collect();
-                let stream = AsyncTcpStream::connect(&runtime, found).await?;
-                if let AsyncTcpStream::Plain(tcp) = &stream {
-                    cut.arm(SockRef::from(tcp.get_ref()).try_clone()?)?;
-                }
-                match &tls {
-                    Some(tls) => stream.into_rustls(tls, &authority.host).await,
-                    None => Ok(stream),
-                }
-            };
-            let stream = timeout(limit, stream).await;
-            Ok(stream.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?)
-        },
-        properties,
-    )
-    .await
+        .with_client_property("version".into(), env!("CARGO_PKG_VERSION").into())
 }
 
 /// lapin writes returned messages to its log with their bodies, and frames too when a program logs everything. All of it
-/// happens on the thread that calls this, which is lapin's alone.
+/// happens on the thread that takes the socket over, which is lapin's alone.
 fn hush() {
     // Without any subscriber, setting one for this thread would end the forwarding to `log` in the whole process.
     if dispatcher::get_default(|current| !current.is::<NoSubscriber>()) {

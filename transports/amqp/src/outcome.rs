@@ -129,7 +129,8 @@ pub(crate) fn classify(
     Error::new(kind(&error), operation, context).caused_by(error)
 }
 
-fn kind(error: &lapin::Error) -> Kind {
+/// Its kind alone.
+pub(crate) fn kind(error: &lapin::Error) -> Kind {
     match error.kind() {
         ErrorKind::ProtocolError(e) => reply_kind(e.get_id(), e.get_message().as_str()),
         ErrorKind::IOError(e) if e.kind() == io::ErrorKind::TimedOut => Kind::Timeout,

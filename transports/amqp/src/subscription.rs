@@ -11,7 +11,7 @@ use lapin::{
 };
 use pillarbox_transport::{Ack, Delivery, Error, Kind, Result, Subscription};
 
-use crate::{connection::Live, outcome::classify, topology::short, wire};
+use crate::{connection::Live, outcome::kind, topology::short, wire};
 
 /// An open reading session. Dropping it closes its channel.
 pub(crate) struct Reader {
@@ -58,7 +58,14 @@ impl Subscription for Reader {
     async fn next(&mut self) -> Result<Delivery> {
         let mut delivery = match self.consumer.next().await {
             Some(Ok(delivery)) => delivery,
-            Some(Err(e)) => return Err(classify(e, "receive", format!("{:?}", self.queue))),
+            Some(Err(e)) => {
+                let kind = match kind(&e) {
+                    // What was not acknowledged in time closes the channel under this code.
+                    Kind::Configuration => Kind::Closed,
+                    kind => kind,
+                };
+                return Err(Error::new(kind, "receive", format!("{:?}", self.queue)).caused_by(e));
+            }
             // The broker's own cancel comes without a reason.
             None => {
                 let text = format!(

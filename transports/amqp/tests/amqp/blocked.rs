@@ -16,6 +16,8 @@ async fn a_blocked_connection_is_waited_for_without_deadline_rebuild_or_repeat()
     let mut config = config(&through);
     config.confirm_timeout = CONFIRM;
     config.connect_timeout = Duration::from_secs(2);
+    // lapin sends no heartbeats meanwhile: the broker must not mind.
+    config.heartbeat = Duration::from_secs(1);
     let amqp = Amqp::new(config).unwrap();
     let binding = Binding {
         topic: TOPIC.into(),
@@ -39,7 +41,7 @@ async fn a_blocked_connection_is_waited_for_without_deadline_rebuild_or_repeat()
     let mut first = publisher.publish(events(10..110));
     let mut second = publisher.publish(events(110..210));
     // Many times the deadline, and nobody gives up.
-    let wait = tokio::time::timeout(CONFIRM * 6, &mut first).await;
+    let wait = tokio::time::timeout(CONFIRM * 10, &mut first).await;
     assert!(wait.is_err(), "{:?}", words(&wait.unwrap_or_default()));
     let wait = tokio::time::timeout(CONFIRM, &mut second).await;
     assert!(wait.is_err(), "{:?}", words(&wait.unwrap_or_default()));

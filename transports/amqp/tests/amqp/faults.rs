@@ -7,6 +7,7 @@ use pillarbox_testkit::{
     servers::{self, RabbitMq},
 };
 use pillarbox_transport::{Binding, Transport};
+use tokio::{io::AsyncReadExt, net::TcpListener};
 
 use super::*;
 
@@ -139,19 +140,32 @@ async fn a_broker_that_falls_silent_is_given_up_by_the_heartbeat() {
 }
 
 #[tokio::test]
-async fn a_connection_into_a_black_hole_ends_by_the_deadline_and_leaves_nothing_behind() {
-    let Some(url) = vhost().await else { return };
-    let (proxy, through) = Proxy::before(&url).await.unwrap();
-    proxy.black_hole(true);
-    let mut config = config(&through);
+async fn a_connection_that_is_taken_and_never_answered_ends_by_the_deadline() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("amqp://u:p@{}/v", silent.local_addr().unwrap());
+    let mut config = config(&url);
     config.connect_timeout = Duration::from_millis(500);
     let amqp = Amqp::new(config).unwrap();
-    let error = soon(amqp.publisher()).await.err().unwrap();
+    let (error, taken) = tokio::join!(soon(amqp.publisher()), soon(silent.accept()));
+    let error = error.err().unwrap();
     assert_eq!(error.kind(), Kind::Timeout, "{error}");
     // lapin's thread would hold the socket for ever.
-    proxy.black_hole(false);
-    soon(proxy.wait_until_closed()).await;
-    soon(amqp.publisher()).await.unwrap();
+    let mut seen = Vec::new();
+    soon(taken.unwrap().0.read_to_end(&mut seen)).await.unwrap();
+    assert_eq!(seen, b"AMQP\0\0\x09\x01");
+}
+
+#[tokio::test]
+async fn giving_up_the_wait_for_a_connection_ends_it() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let amqp = amqp(&format!("amqp://u:p@{}/v", silent.local_addr().unwrap()));
+    let mut connecting = Box::pin(amqp.publisher());
+    let (mut taken, _) = tokio::select! {
+        taken = soon(silent.accept()) => taken.unwrap(),
+        _ = &mut connecting => panic!("nobody answered"),
+    };
+    drop(connecting);
+    soon(taken.read_to_end(&mut Vec::new())).await.unwrap();
 }
 
 #[tokio::test]
@@ -178,6 +192,38 @@ async fn a_broker_that_is_away_and_a_wrong_password_are_told_apart_without_the_p
     let nowhere = format!("{}/no-such-vhost", url.rsplit_once('/').unwrap().0);
     let missing = soon(super::amqp(&nowhere).publisher()).await.err().unwrap();
     assert_eq!(missing.kind(), Kind::Missing, "{missing}");
+}
+
+/// In an outage the engine tries for days.
+#[tokio::test]
+async fn failed_connections_leave_no_tasks_behind() {
+    let Some(url) = vhost().await else { return };
+    let (proxy, through) = Proxy::before(&url).await.unwrap();
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let before = tasks();
+    proxy.refuse(true);
+    let away = amqp(&through);
+    for _ in 0..20 {
+        assert!(away.publisher().await.is_err());
+    }
+    let refused = amqp(&format!(
+        "amqp://nobody:x@{}",
+        url.split_once('@').unwrap().1
+    ));
+    for _ in 0..3 {
+        assert!(refused.publisher().await.is_err());
+    }
+    // lapin's tasks end by themselves, soon after.
+    let settled = async {
+        while tasks() > before {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(settled).await;
 }
 
 #[tokio::test]
@@ -286,7 +332,7 @@ async fn closing_a_session_whose_broker_is_silent_returns_and_ends_the_connectio
     let Some(url) = vhost().await else { return };
     let (proxy, through) = Proxy::before(&url).await.unwrap();
     let mut config = config(&through);
-    config.connect_timeout = Duration::from_millis(500);
+    config.connect_timeout = Duration::from_secs(3);
     let amqp = Amqp::new(config).unwrap();
     let binding = Binding {
         topic: TOPIC.into(),

@@ -6,6 +6,7 @@ use lapin::{
     options::QueueDeleteOptions,
     types::{AMQPValue, FieldTable},
 };
+use pillarbox_testkit::servers::{self, RabbitMq};
 use pillarbox_transport::{Binding, Source, Subscription, Transport};
 
 use super::*;
@@ -77,23 +78,30 @@ async fn what_is_published_is_read() {
 #[tokio::test]
 async fn closed_or_dropped_what_is_not_acknowledged_comes_again_in_order() {
     let Some(url) = vhost().await else { return };
-    let amqp = amqp(&url);
+    let mut config = config(&url);
+    // Fewer than there are: the queue has fresh ones to give when a session ends.
+    config.prefetch = 30;
+    let amqp = Amqp::new(config).unwrap();
     publish(&amqp, events(0..100)).await;
     let source = source(&amqp).await;
     let mut reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
-    let mut waiting = amqp.subscribe(&source, GROUP, None).await.unwrap();
+    // Connected all the time: a cancel would give it the fresh ones first.
+    let mut second = amqp.subscribe(&source, GROUP, None).await.unwrap();
+    let mut third = amqp.subscribe(&source, GROUP, None).await.unwrap();
     for id in 0..10 {
         let delivery = soon(reader.next()).await.unwrap();
         assert_eq!(delivery.message.id, id.to_string());
         soon(delivery.ack.ack()).await.unwrap();
     }
-    assert_eq!(ids(&mut *reader, 40).await, texts(10..50));
+    assert_eq!(ids(&mut *reader, 30).await, texts(10..40));
     soon(reader.close()).await;
-    // The other was connected all the time: a cancel would have given it 50 first.
-    assert_eq!(ids(&mut *waiting, 60).await, texts(10..70));
-    let mut third = amqp.subscribe(&source, GROUP, None).await.unwrap();
-    drop(waiting);
-    assert_eq!(ids(&mut *third, 90).await, texts(10..100));
+    assert_eq!(ids(&mut *second, 30).await, texts(10..40));
+    drop(second);
+    for id in 10..100 {
+        let delivery = soon(third.next()).await.unwrap();
+        assert_eq!(delivery.message.id, id.to_string());
+        soon(delivery.ack.ack()).await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -247,6 +255,34 @@ async fn a_queue_deleted_under_way_ends_the_session_and_is_made_anew_by_the_next
     let mut reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
     publish(&amqp, events(0..1)).await;
     assert_eq!(ids(&mut *reader, 1).await, ["0"]);
+}
+
+#[tokio::test]
+async fn what_is_acknowledged_too_late_ends_the_session_and_comes_again_in_order() {
+    let Some(server) = servers::required(RabbitMq::start().await) else {
+        return;
+    };
+    let hurry = "application:set_env(rabbit, channel_tick_interval, 500), application:set_env(rabbit, consumer_timeout, 500).";
+    server.ctl(&["eval", hurry]).await.unwrap();
+    let amqp = amqp(server.url());
+    publish(&amqp, events(0..20)).await;
+    let source = source(&amqp).await;
+    let mut reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
+    let first = soon(reader.next()).await.unwrap();
+    let end = async {
+        loop {
+            if let Err(e) = reader.next().await {
+                return e;
+            }
+        }
+    };
+    let error = soon(end).await;
+    assert!(error.is_temporary(), "{error}");
+    assert!(soon(first.ack.ack()).await.is_err());
+    soon(reader.close()).await;
+    let mut reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
+    assert_eq!(ids(&mut *reader, 20).await, texts(0..20));
+    server.end().await;
 }
 
 #[tokio::test]
