@@ -138,6 +138,11 @@ impl Report {
         self.change(|troubles| troubles.remove(what).is_some())
     }
 
+    /// What concerned something that is no longer this process's is no trouble of its own.
+    pub(crate) fn forget(&self, prefix: &str) {
+        self.change(|troubles| troubles.retain(|what, _| !what.starts_with(prefix)));
+    }
+
     fn change<T>(&self, change: impl FnOnce(&mut BTreeMap<String, String>) -> T) -> T {
         let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
         let changed = change(&mut troubles);

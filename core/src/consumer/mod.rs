@@ -251,7 +251,12 @@ impl Consumer {
             if !e.is_temporary() {
                 return Err(e);
             }
-            self.core.note("broker", &e.to_string());
+            let what = if e.kind() == Kind::Transport {
+                "broker"
+            } else {
+                "database"
+            };
+            self.core.note(what, &e.to_string());
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
@@ -259,6 +264,7 @@ impl Consumer {
             }
         }
         self.core.clear("broker");
+        self.core.clear("database");
         let sources = self.sources.unwrap_or_default();
         self.core.report.expect(sources.len());
         let mut tasks = tokio::task::JoinSet::new();

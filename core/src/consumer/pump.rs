@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Core,
-    apply::{Incoming, Undone, apply},
+    apply::{Applied, Incoming, Undone, apply},
 };
 use crate::{
     backoff::Backoff,
@@ -20,8 +20,9 @@ use crate::{
 
 /// Looks at least this often: another process may have deferred something.
 const POLL: Duration = Duration::from_secs(1);
-/// Its name in the consumer's health.
+/// Its names in the consumer's health: of the database's trouble, and of the handlers'.
 const PUMP: &str = "deferred lines";
+const EVENTS: &str = "deferred events";
 /// Lines looked at, and events of a line applied, at a time.
 const BATCH: u32 = 100;
 
@@ -118,7 +119,7 @@ async fn drain_line(
         })
         .collect();
     match apply(core, owner, &events, true, None).await {
-        Ok(applied) => return Ok(!applied.waits),
+        Ok(applied) => return Ok(goes_on(core, &applied)),
         Err(Undone::Alone(reason)) => {
             tracing::debug!(group = %core.group, %reason, "a line goes on event by event");
         }
@@ -129,15 +130,20 @@ async fn drain_line(
         return Ok(false);
     };
     match apply(core, owner, head, true, None).await {
-        Ok(applied) => Ok(!applied.waits),
+        Ok(applied) => Ok(goes_on(core, &applied)),
         Err(Undone::Alone(reason)) if !reason.is_empty() => {
             match apply(core, owner, head, true, Some(&reason)).await {
-                Ok(applied) => Ok(!applied.waits),
+                Ok(applied) => Ok(goes_on(core, &applied)),
                 Err(undone) => waits(core, lease, undone),
             }
         }
         Err(undone) => waits(core, lease, undone),
     }
+}
+
+fn goes_on(core: &Core, applied: &Applied) -> bool {
+    core.clear(EVENTS);
+    !applied.waits
 }
 
 fn waits(core: &Core, lease: &Lease, undone: Undone) -> Result<bool> {
@@ -150,7 +156,7 @@ fn waits(core: &Core, lease: &Lease, undone: Undone) -> Result<bool> {
         )),
         Undone::Alone(_) => Ok(false),
         Undone::Unavailable(reason) => {
-            core.note(PUMP, &reason);
+            core.note(EVENTS, &reason);
             Ok(false)
         }
     }

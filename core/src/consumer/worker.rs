@@ -103,6 +103,7 @@ async fn hold(
         }
     };
     core.report.held(true);
+    core.clear(&source.name);
     tracing::info!(group = %core.group, source = %source.name, epoch = lease.epoch, "consuming");
     let result = consume(core, source, &lease, &keeper, &mut *subscription, stop).await;
     core.report.held(false);

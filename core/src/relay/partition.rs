@@ -31,6 +31,7 @@ pub(super) async fn run(core: Core, partition: u16, stop: CancellationToken) -> 
                 core.report.held(true);
                 let ended = session::run(&core, partition, acquired, &keeper, &stop).await;
                 core.report.held(false);
+                core.report.forget(&session::trouble_with(partition, ""));
                 drop(keeper);
                 let released = core.store.release(&lease).await;
                 match ended.and(released) {
@@ -45,7 +46,10 @@ pub(super) async fn run(core: Core, partition: u16, stop: CancellationToken) -> 
                     Err(e) => return Err(e),
                 }
             }
-            Ok(None) => core.settings.lease.renewal() / 2,
+            Ok(None) => {
+                core.goes_on("database");
+                core.settings.lease.renewal() / 2
+            }
             Err(e) if e.is_temporary() || e.kind() == Kind::Database => {
                 core.waits("database", &e.to_string());
                 backoff.step()

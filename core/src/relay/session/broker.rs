@@ -23,7 +23,13 @@ impl Session<'_> {
     ) {
         self.opening = false;
         match opened {
-            Ok(publisher) => self.publisher = Some(publisher),
+            Ok(publisher) => {
+                self.publisher = Some(publisher);
+                // Nothing is there whose confirm would show it.
+                if self.window.is_empty() {
+                    self.core.goes_on(&self.trouble_with("broker"));
+                }
+            }
             Err(e) => {
                 self.core
                     .waits(&self.trouble_with("broker"), &e.to_string());
@@ -119,6 +125,11 @@ impl Session<'_> {
 
     pub(super) fn confirm(&mut self, attempt: Attempt, topic: &str) {
         self.window.settle(attempt);
+        self.stored(topic);
+    }
+
+    /// The broker takes events of this topic.
+    pub(super) fn stored(&mut self, topic: &str) {
         self.open_backoff.reset();
         self.core.goes_on(&self.trouble_with("broker"));
         if self.paused.remove(topic).is_some() {

@@ -86,7 +86,10 @@ impl Session<'_> {
         self.count(&outcome);
         let attempts = event.attempts.saturating_add(1);
         let resolution = match outcome {
-            Outcome::Stored => Resolution::Done,
+            Outcome::Stored => {
+                self.stored(&event.message.topic);
+                Resolution::Done
+            }
             Outcome::Retry(e) | Outcome::Unavailable(e)
                 if self.is_accepted(&event.message.kind, &e) =>
             {

@@ -32,8 +32,6 @@ use crate::{
 
 /// Deferred rows written at a time.
 const DEFERRALS: usize = 500;
-/// Bytes of an event, before one was seen.
-const TYPICAL: usize = 64 << 10;
 /// Most lines looked at when a partition is taken over; the maximum of deferred events bounds them.
 const LINES: u32 = 1_000_000;
 
@@ -80,8 +78,6 @@ struct Session<'a> {
 
     reading: bool,
     from: Progress,
-    /// Bytes of an event, as the last ones were.
-    typical: usize,
     poll_at: Instant,
     poll: Duration,
     read_backoff: Backoff,
@@ -153,7 +149,6 @@ impl<'a> Session<'a> {
             paused: HashMap::new(),
             reading: false,
             from: acquired.progress,
-            typical: TYPICAL,
             poll_at: now,
             poll: core.settings.busy_poll,
             read_backoff: Backoff::connection(),
@@ -201,9 +196,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The name of a trouble: one line in the log when it begins, one when it ends.
     fn trouble_with(&self, what: &str) -> String {
-        format!("partition {} {what}", self.partition)
+        trouble_with(self.partition, what)
     }
 
     fn is_quiet(&self) -> bool {
@@ -285,6 +279,11 @@ impl<'a> Session<'a> {
         }
         Ok(())
     }
+}
+
+/// The name of a partition's trouble: one line in the log when it begins, one when it ends.
+pub(super) fn trouble_with(partition: u16, what: &str) -> String {
+    format!("partition {partition} {what}")
 }
 
 async fn woken(wake: &mut watch::Receiver<u64>) {
