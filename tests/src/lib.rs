@@ -82,3 +82,15 @@ pub fn seed() -> u64 {
     eprintln!("PILLARBOX_SEED={seed}");
     seed
 }
+
+/// Shows the log where `RUST_LOG` is set.
+pub(crate) fn show_log() {
+    if std::env::var_os("RUST_LOG").is_some() {
+        let filter = tracing_subscriber::EnvFilter::from_default_env();
+        // Another test was first.
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .try_init();
+    }
+}

@@ -7,12 +7,12 @@ use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties, ExchangeKind,
     message::Delivery,
     options::{
-        BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
+        BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
         QueueBindOptions, QueueDeclareOptions,
     },
     types::{AMQPValue, FieldTable},
 };
-use pillarbox_transport::Message;
+use pillarbox_transport::{Message, cloudevents};
 
 use crate::TOPIC;
 
@@ -119,7 +119,7 @@ impl Client {
         put("specversion", "1.0");
         put("id", &m.id);
         put("type", &m.kind);
-        put("time", "2026-11-05T10:00:00Z");
+        put("time", &cloudevents::rfc3339(m.time));
         if let Some(key) = &m.key {
             put("partitionkey", key);
         }
@@ -171,7 +171,18 @@ impl Client {
         queue.await.expect("a queue").message_count()
     }
 
-    /// Takes all that lies in a queue, in order.
+    /// Takes what is ready in a queue, one by one: also from one that takes nothing more.
+    pub async fn take(&self, queue: &str) -> Vec<Arrived> {
+        let options = BasicGetOptions { no_ack: true };
+        let mut all = Vec::new();
+        let next = async || self.channel.basic_get(queue.into(), options).await;
+        while let Some(message) = next().await.expect("an answer") {
+            all.push(Arrived::of(message.delivery));
+        }
+        all
+    }
+
+    /// Takes all that lies in a queue, in order, once nothing more comes: what does is lost with the consumer.
     pub async fn drain(&self, queue: &str) -> Vec<Arrived> {
         // Nothing that was there before comes after this.
         let mark = BasicProperties::default().with_message_id("mark".into());

@@ -322,6 +322,7 @@ pub async fn open(url: &str) -> Database {
 /// A database at this address, as it is. Connects to nothing yet.
 #[must_use]
 pub fn connect(url: &str) -> Database {
+    crate::show_log();
     if !url.starts_with("sqlite:") {
         let pool: PgPool = PgPoolOptions::new()
             .max_connections(10)

@@ -99,7 +99,7 @@ async fn messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reaso
     let kind = ("cloudEvents_type", "test.tick");
     let id = "no id: neither an attribute id nor the property message_id";
     let cases = [
-        (with(&[version, kind]), id.to_owned()),
+        (with(&[version, kind]), format!("{id}; the attribute id is missing")),
         (
             BasicProperties::default(),
             format!("{id}; no CloudEvents envelope: the attribute specversion is missing"),

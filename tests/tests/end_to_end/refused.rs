@@ -178,7 +178,7 @@ async fn a_full_queue_costs_nothing_but_time(world: World) {
     assert_uncounted(&world).await;
     let mut arrived = Vec::new();
     until("all went through", async || {
-        arrived.extend(client.drain("full").await);
+        arrived.extend(client.take("full").await);
         distinct(&arrived) == 300
     })
     .await;
@@ -215,7 +215,7 @@ async fn a_missing_exchange_costs_nothing_but_time(world: World) {
     // An exchange without its queue is there for a moment, and what meets it is counted: at most once an event.
     let mut arrived = Vec::new();
     until("all went through", async || {
-        arrived.extend(client.drain("tap").await);
+        arrived.extend(client.take("tap").await);
         distinct(&arrived) == 50
     })
     .await;
