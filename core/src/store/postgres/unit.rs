@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use pillarbox_transport::Message;
-use sqlx::{Row, postgres::PgRow};
+use sqlx::{PgConnection, Row, postgres::PgRow};
 use tokio::sync::OwnedSemaphorePermit;
 use uuid::Uuid;
 
@@ -27,6 +27,9 @@ use crate::{
 const SLOT: i64 = 6 * 3_600 * 1_000_000;
 const RING: i64 = 8;
 
+/// Keeps what was done and begins anew.
+const NEXT: &str = "RELEASE SAVEPOINT pillarbox_event; SAVEPOINT pillarbox_event";
+
 pub(super) struct Statements {
     waiting: Text,
     remember: Text,
@@ -41,6 +44,17 @@ impl Statements {
     }
 }
 
+/// Where the event's savepoint stands. The end of one event sets the next one's in the same trip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Savepoint {
+    /// There is none.
+    None,
+    /// Set, and nothing was written since.
+    Ready,
+    /// Set before something that was written.
+    Behind,
+}
+
 /// An open transaction of a group.
 pub(super) struct Work {
     inner: Arc<Inner>,
@@ -49,6 +63,7 @@ pub(super) struct Work {
     group: String,
     /// Set inside the transaction alone: gone with it when a handler ends it.
     mark: String,
+    savepoint: Savepoint,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -71,6 +86,7 @@ impl Work {
             place: Place::group(group),
             group: group.to_owned(),
             mark,
+            savepoint: Savepoint::None,
             _permit: permit,
         })
     }
@@ -79,13 +95,21 @@ impl Work {
         self.inner.engine.failed(operation, e)
     }
 
+    /// The connection for something that may write.
+    fn writing(&mut self) -> &mut PgConnection {
+        if self.savepoint == Savepoint::Ready {
+            self.savepoint = Savepoint::Behind;
+        }
+        self.session.connection()
+    }
+
     async fn fetch(&mut self, operation: &'static str, q: Query<'_>) -> Result<Vec<PgRow>> {
-        let rows = q.fetch_all(self.session.connection()).await;
+        let rows = q.fetch_all(self.writing()).await;
         rows.map_err(|e| self.failed(operation, e))
     }
 
     async fn run(&mut self, operation: &'static str, q: Query<'_>) -> Result<()> {
-        let done = q.execute(self.session.connection()).await;
+        let done = q.execute(self.writing()).await;
         done.map(drop).map_err(|e| self.failed(operation, e))
     }
 
@@ -151,7 +175,7 @@ impl Work {
 #[async_trait]
 impl Unit for Work {
     fn connection(&mut self) -> Option<Connection<'_>> {
-        Some(Connection::Postgres(self.session.connection()))
+        Some(Connection::Postgres(self.writing()))
     }
 
     async fn blocked(&mut self, messages: &[&Message]) -> Result<Vec<bool>> {
@@ -168,24 +192,37 @@ impl Unit for Work {
             .bind(keys)
             .bind(texts(|m| row::named(m.source())))
             .bind(texts(|m| row::named(&m.id)));
-        let rows = self.fetch(OPERATION, q).await?;
+        let rows = q.fetch_all(self.session.connection()).await;
+        let rows = rows.map_err(|e| self.failed(OPERATION, e))?;
         let blocked: sqlx::Result<Vec<bool>> = rows.iter().map(|row| row.try_get("w")).collect();
         blocked.map_err(|e| self.failed(OPERATION, e))
     }
 
     async fn savepoint(&mut self) -> Result<()> {
-        self.mark("begin an event", "SAVEPOINT pillarbox_event")
-            .await
+        match self.savepoint {
+            Savepoint::None => {
+                self.mark("begin an event", "SAVEPOINT pillarbox_event")
+                    .await?
+            }
+            Savepoint::Ready => {}
+            // What was written since the last event is not this one's to undo.
+            Savepoint::Behind => self.mark("begin an event", NEXT).await?,
+        }
+        self.savepoint = Savepoint::Behind;
+        Ok(())
     }
 
     async fn undo(&mut self) -> Result<()> {
-        let text = "ROLLBACK TO SAVEPOINT pillarbox_event; RELEASE SAVEPOINT pillarbox_event";
-        self.mark("undo an event", text).await
+        self.mark("undo an event", "ROLLBACK TO SAVEPOINT pillarbox_event")
+            .await?;
+        self.savepoint = Savepoint::Ready;
+        Ok(())
     }
 
     async fn keep(&mut self) -> Result<()> {
-        self.mark("end an event", "RELEASE SAVEPOINT pillarbox_event")
-            .await
+        self.mark("end an event", NEXT).await?;
+        self.savepoint = Savepoint::Ready;
+        Ok(())
     }
 
     async fn remember(&mut self, message: &Message) -> Result<bool> {

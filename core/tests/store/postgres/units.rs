@@ -10,7 +10,9 @@ use pillarbox_core::{
 use sqlx::{Connection as _, PgConnection};
 
 use super::{Db, number, refused, run, short, text, until};
-use crate::suite::{Bench, EFFECT, GROUP, acquire, effects, group, message, relay, source, term};
+use crate::suite::{
+    Bench, EFFECT, GROUP, acquire, deferral, effects, group, letter, message, relay, source, term,
+};
 
 async fn ready() -> Option<(Db, pillarbox_core::Database)> {
     let (db, database) = Db::migrated().await?;
@@ -73,6 +75,51 @@ async fn a_handler_that_swallows_an_error_is_found_out() {
     unit.keep().await.unwrap();
     unit.commit(&lease, term()).await.unwrap();
     assert_eq!(effects(&db).await, 1);
+}
+
+/// The savepoint that one event's end has set for the next must not take along what was written in between.
+#[tokio::test]
+async fn an_undone_event_takes_nothing_else_along() {
+    let Some((db, database)) = ready().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let (waiting, dead, skipped, last) = (
+        message(Some("w")),
+        message(Some("d")),
+        message(None),
+        message(None),
+    );
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    for between in 0..5 {
+        unit.savepoint().await.unwrap();
+        run(connection(&mut *unit), EFFECT).await;
+        if between % 2 == 0 {
+            unit.keep().await.unwrap();
+        } else {
+            unit.undo().await.unwrap();
+        }
+        match between {
+            0 => unit.defer(&deferral(&waiting)).await.unwrap(),
+            1 => unit.bury(&letter(&dead)).await.unwrap(),
+            2 => assert!(unit.remember(&skipped).await.unwrap()),
+            3 => run(connection(&mut *unit), EFFECT).await,
+            _ => {}
+        }
+        unit.savepoint().await.unwrap();
+        assert!(
+            unit.remember(&last).await.unwrap(),
+            "it is undone each time"
+        );
+        unit.undo().await.unwrap();
+    }
+    unit.commit(&lease, term()).await.unwrap();
+    // Events 0, 2 and 4, and what was written after the third.
+    assert_eq!(effects(&db).await, 4);
+    assert_eq!(db.number("SELECT count(*) FROM {deferred}").await, 1);
+    assert_eq!(db.number("SELECT count(*) FROM {dead_letter}").await, 1);
+    assert_eq!(db.number("SELECT count(*) FROM {inbox}").await, 2);
 }
 
 /// A handler may use the driver's own transactions: they are savepoints in the engine's.
