@@ -44,46 +44,61 @@ impl Session<'_> {
         );
         let scope = self.core.destination.to_string();
         let write = async move {
-            let waiting = store.deferred(Side::Relay, &scope).await?;
+            let waiting = match store.deferred(Side::Relay, &scope).await {
+                Ok(waiting) => waiting,
+                Err(e) => return Done::Deferred(seqs, false, Err(e)),
+            };
             if waiting.total >= most || waiting.longest >= per_key {
                 let text = format!(
                     "{} events wait, {} of one key; the maxima are {most} and {per_key}",
                     waiting.total, waiting.longest
                 );
-                return Err(Error::new(Kind::Unavailable, "defer", text));
+                let full = Error::new(Kind::Unavailable, "defer", text);
+                return Done::Deferred(seqs, false, Err(full));
             }
-            store.defer(&lease, &events).await
+            let result = store.defer(&lease, &events).await;
+            Done::Deferred(seqs, true, result)
         };
-        self.work.push(
-            write
-                .map(move |result| Done::Deferred(seqs, result))
-                .boxed(),
-        );
+        self.work.push(write.boxed());
     }
 
-    pub(super) fn deferred(&mut self, seqs: &[Seq], result: Result<()>) -> Result<()> {
+    /// `tried`: it came to the insert.
+    pub(super) fn deferred(
+        &mut self,
+        seqs: &[Seq],
+        tried: bool,
+        result: Result<()>,
+    ) -> Result<()> {
         self.deferring = false;
         let now = Instant::now();
         if let Err(e) = result {
+            if tried {
+                // The rows may be there all the same, and fill the waiting room: their lines must go on.
+                self.lines_grew(seqs, now);
+            }
             self.window.not_deferred(seqs);
             self.defer_at = now + Duration::from_secs(1);
             return self.trouble(e);
         }
         self.core.goes_on(&self.trouble_with("database"));
+        self.lines_grew(seqs, now);
+        for seq in seqs {
+            self.failed.remove(seq);
+        }
+        self.window.deferred(seqs);
+        Ok(())
+    }
+
+    fn lines_grew(&mut self, seqs: &[Seq], now: Instant) {
         for seq in seqs {
             let Some(event) = self.window.get(*seq) else {
                 continue;
             };
             let id = (event.message.source().to_owned(), event.message.id.clone());
             let name = LineName::new(Key::of(&event.message), id);
-            let delay = self
-                .failed
-                .remove(seq)
-                .map_or(Duration::ZERO, |(_, _, delay)| delay);
+            let delay = self.failed.get(seq).map_or(Duration::ZERO, |f| f.2);
             self.lines.grew(name, now + delay);
         }
-        self.window.deferred(seqs);
-        Ok(())
     }
 
     pub(super) fn bury(&mut self, attempt: Attempt, reason: String) {
