@@ -1,5 +1,14 @@
 use std::time::Duration;
 
+/// A random share of one. Inside a simulation it follows the seed.
+pub(crate) fn chance() -> f64 {
+    #[cfg(any(test, feature = "simulation"))]
+    if let Some(share) = crate::simulation::jitter() {
+        return share;
+    }
+    rand::random()
+}
+
 /// Waits between tries to reach something that is away: doubling, with jitter, so that replicas do not knock together.
 #[derive(Debug)]
 pub(crate) struct Backoff {
@@ -26,7 +35,7 @@ impl Backoff {
     pub(crate) fn step(&mut self) -> Duration {
         let wait = self.next;
         self.next = (wait * 2).min(self.longest);
-        wait.mul_f64(0.8 + 0.2 * rand::random::<f64>())
+        wait.mul_f64(0.8 + 0.2 * chance())
     }
 
     pub(crate) fn reset(&mut self) {

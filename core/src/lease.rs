@@ -8,7 +8,7 @@ use tokio::{sync::watch, task::AbortHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{cursor::Progress, error::Kind, store::Store};
+use crate::{cursor::Progress, error::Kind, running::task, store::Store};
 
 /// What a lease is for. A lease on something with a cursor lives in the cursor's row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -148,7 +148,7 @@ impl Keeper {
         Self {
             lost,
             renewed,
-            task: tokio::spawn(keep).abort_handle(),
+            task: tokio::spawn(task(keep)).abort_handle(),
         }
     }
 

@@ -13,6 +13,9 @@ pub mod memory;
 mod outbox;
 pub mod relay;
 mod running;
+#[cfg(any(test, feature = "simulation"))]
+#[doc(hidden)]
+pub mod simulation;
 #[doc(hidden)]
 pub mod store;
 mod wake;

@@ -22,6 +22,14 @@ pub struct Health {
     pub trouble: Option<String>,
 }
 
+/// Every task of the engine is spawned through this, so that a simulation can freeze a process as a whole.
+#[cfg(not(any(test, feature = "simulation")))]
+pub(crate) fn task<F: Future>(f: F) -> F {
+    f
+}
+#[cfg(any(test, feature = "simulation"))]
+pub(crate) use crate::simulation::task;
+
 /// A spawned relay or consumer. A future that ends when it does; dropping it lets it run on.
 #[must_use = "keep it to stop it, or await it"]
 #[derive(Debug)]
@@ -38,7 +46,7 @@ impl Running {
         task: impl Future<Output = Result<()>> + Send + 'static,
     ) -> Self {
         Self {
-            task: tokio::spawn(task),
+            task: tokio::spawn(self::task(task)),
             stop,
             health,
         }

@@ -32,7 +32,7 @@ use crate::{
     failure::Retry,
     lease::LeaseTerm,
     outbox::Outbox,
-    running::{Report, Running},
+    running::{Report, Running, task},
     store::Store,
 };
 
@@ -269,9 +269,9 @@ impl Consumer {
         self.core.report.expect(sources.len());
         let mut tasks = tokio::task::JoinSet::new();
         for source in sources {
-            tasks.spawn(worker::run(self.core.clone(), source, stop.clone()));
+            tasks.spawn(task(worker::run(self.core.clone(), source, stop.clone())));
         }
-        tasks.spawn(pump::run(self.core.clone(), stop.clone()));
+        tasks.spawn(task(pump::run(self.core.clone(), stop.clone())));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {

@@ -16,7 +16,7 @@ impl Retry {
         let index = usize::try_from(attempts).ok()?.checked_sub(1)?;
         let delay = *self.delays.get(index)?;
         let jitter = self.jitter.clamp(0.0, 1.0);
-        let share = 1.0 + jitter * (rand::random::<f64>() * 2.0 - 1.0);
+        let share = 1.0 + jitter * (crate::backoff::chance() * 2.0 - 1.0);
         Some(delay.mul_f64(share))
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     failure::Retry,
     lease::LeaseTerm,
     outbox::Outbox,
-    running::{Report, Running},
+    running::{Report, Running, task},
     store::Store,
     wake::Wake,
     window,
@@ -198,7 +198,11 @@ impl Relay {
         core.report.expect(usize::from(partitions));
         let mut tasks = tokio::task::JoinSet::new();
         for partition in 0..partitions {
-            tasks.spawn(partition::run(core.clone(), partition, stop.clone()));
+            tasks.spawn(task(partition::run(
+                core.clone(),
+                partition,
+                stop.clone(),
+            )));
         }
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
