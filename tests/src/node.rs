@@ -29,7 +29,7 @@ pub struct Task {
     pub group: String,
     /// The leases' term.
     pub lease_ms: u64,
-    /// Acknowledgements are announced (`holds ID`) and never sent.
+    /// Acknowledgements are announced (`keeps the ack of ID`) and never sent.
     pub hold_acks: bool,
     /// What the handler takes for each event.
     pub work_ms: u64,
@@ -123,13 +123,18 @@ impl Node {
     }
 
     /// Waits until it has said this.
+    pub async fn says(&self, what: &str) {
+        self.says_after(0, what).await;
+    }
+
+    /// Waits until it has said this behind the first `bytes` of what it said.
     ///
     /// # Panics
     /// After a minute, with what it said instead.
-    pub async fn says(&self, what: &str) {
+    pub async fn says_after(&self, bytes: usize, what: &str) {
         let mut more = self.said.more.subscribe();
         let heard = async {
-            while !self.said.lock().contains(what) {
+            while !self.said.lock()[bytes..].contains(what) {
                 // The sender lives as long as this value.
                 let _ = more.changed().await;
             }

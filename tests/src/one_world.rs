@@ -5,6 +5,8 @@ use crate::Kind::{self, Embedded, Servers};
 const ONE_WRITER: &str = "one SQLite writer blocks the others: no transaction commits later than one that began after it";
 const NO_WIRE: &str = "memory has no wire: no stranger can send it a message without an envelope";
 const NO_BROKER: &str = "memory has no server that could be away, full, frozen or restarted";
+const NO_SERVER: &str = "SQLite and memory have no server that could be stopped, cut off or restarted, and no password";
+const NO_POWER_CUT: &str = "what SQLite has not flushed only a power cut loses, and a test cannot make one";
 const NO_SETTING: &str = "SQLite has no such setting";
 
 /// (test, the world that has it, why the other cannot).
@@ -44,6 +46,15 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Embedded,
         "a broker's Ok says that its queues have the event, not its groups",
     ),
+    ("broker_connections_that_break_in_mid_window", Servers, NO_SERVER),
+    ("a_broker_that_falls_silent", Servers, NO_SERVER),
+    ("database_connections_that_break_in_mid_work", Servers, NO_SERVER),
+    ("databases_that_fall_silent", Servers, NO_SERVER),
+    ("a_broker_that_restarts_costs_nothing_but_time", Servers, NO_SERVER),
+    ("a_database_that_restarts_costs_nothing_but_time", Servers, NO_SERVER),
+    ("what_a_crashed_database_lost_was_not_sent", Servers, NO_POWER_CUT),
+    ("what_was_acknowledged_survives_a_crash", Servers, NO_POWER_CUT),
+    ("a_wrong_password_is_told_and_not_shown", Servers, NO_SERVER),
     (
         "memory_is_held_by_one_at_a_time",
         Embedded,

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use futures_util::future::{pending, select_all};
 use pillarbox_amqp::{Amqp, QUIET_TARGETS};
 use pillarbox_core::{
-    Consumer, ConsumerSettings, Database, Outbox, Relay, RelaySettings, Result, Running,
+    Consumer, ConsumerSettings, Database, Health, Outbox, Relay, RelaySettings, Result, Running,
     lease::LeaseTerm,
     memory::{self, Held},
 };
@@ -15,7 +15,10 @@ use pillarbox_transport::{
     self as transport, Ack, Binding, Delivery, Publisher, Source, Subscription, Transport,
     memory::Memory,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
 use tracing_subscriber::EnvFilter;
 
 fn say(line: &str) {
@@ -30,6 +33,7 @@ async fn main() -> ExitCode {
     let filter = format!("debug,{}", quiet.join(","));
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
+        .with_ansi(false)
         .with_writer(std::io::stderr)
         .init();
     let task = std::env::args().nth(1).unwrap_or_default();
@@ -139,6 +143,9 @@ impl Node {
         }
         // The relay ends first: what it has in flight is still applied.
         running.splice(0..0, relay.map(Relay::spawn));
+        for one in &running {
+            tokio::spawn(tell(one.watch()));
+        }
         Ok(running)
     }
 
@@ -170,6 +177,18 @@ impl Node {
         Consumer::new(database, self.transport.clone(), self.group.as_str())
             .settings(settings)
             .on::<Tick>(handler)
+    }
+}
+
+/// Says how many partitions or sources are held, whenever that changes.
+async fn tell(mut health: watch::Receiver<Health>) {
+    let mut told = 0;
+    while health.changed().await.is_ok() {
+        let Health { held, of, .. } = health.borrow_and_update().clone();
+        if held != told {
+            told = held;
+            say(&format!("holds {held} of {of}"));
+        }
     }
 }
 
@@ -214,7 +233,7 @@ impl Subscription for HeldSubscription {
         let (id, ack) = (delivery.message.id.clone(), delivery.ack);
         let held = Ack::new(move || {
             Box::pin(async move {
-                say(&format!("holds {id}"));
+                say(&format!("keeps the ack of {id}"));
                 let () = pending().await;
                 ack.ack().await
             })

@@ -1,0 +1,182 @@
+//! Connections that break or fall silent, at the broker's side and at the databases'.
+
+use std::{sync::Arc, time::Duration};
+
+use pillarbox_amqp::Amqp;
+use pillarbox_core::{Database, Outbox, Relay, Running};
+use pillarbox_testkit::proxy::{Direction, Proxy};
+use pillarbox_tests::{
+    Tick, TickHandler, World, amqp_config, connect, is_soak,
+    ledger::{Ledger, Writers},
+    on_servers_alone, seed, until,
+};
+use pillarbox_transport::Transport;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use crate::{STEADY, assert_whole, tap, until_all_applied};
+
+on_servers_alone!(
+    broker_connections_that_break_in_mid_window,
+    a_broker_that_falls_silent,
+    database_connections_that_break_in_mid_work,
+    databases_that_fall_silent,
+);
+
+/// Relay and consumer behind proxies; the writers and the checks are not.
+struct Behind {
+    broker: Proxy,
+    producer: Proxy,
+    consumer: Proxy,
+    relay: Running,
+    running: Running,
+    writers: Writers,
+}
+
+impl Behind {
+    async fn start(world: &World, seed: u64) -> Self {
+        tap(world).await;
+        let amqp = world.amqp_url.as_deref().expect("a broker");
+        let (broker, amqp) = Proxy::before(amqp).await.expect("a proxy");
+        let (producer, producer_url) = Proxy::before(&world.urls.0).await.expect("a proxy");
+        let (consumer, consumer_url) = Proxy::before(&world.urls.1).await.expect("a proxy");
+        let config = amqp_config(&amqp, &world.group);
+        let transport: Arc<dyn Transport> = Arc::new(Amqp::new(config).expect("a config"));
+        let outbox = Outbox::new(&connect(&producer_url));
+        let relay = Relay::new(&outbox, transport.clone())
+            .source("producer")
+            .settings(World::relay_settings());
+        let database: Database = connect(&consumer_url);
+        let reader = pillarbox_core::Consumer::new(&database, transport, world.group.as_str())
+            .settings(World::consumer_settings())
+            .on::<Tick>(TickHandler::new());
+        let behind = Self {
+            broker,
+            producer,
+            consumer,
+            relay: relay.spawn(),
+            running: reader.spawn(),
+            writers: Writers::start(&world.outbox(), STEADY, seed).await,
+        };
+        world.until_effects(100).await;
+        behind
+    }
+
+    /// Waits until it has gone on, whatever happened.
+    async fn goes_on(world: &World) {
+        let so_far = world.effects().await.len();
+        world.until_effects(so_far + 100).await;
+    }
+
+    async fn end(self, world: &World) -> Ledger {
+        let ledger = self.writers.stop().await;
+        until_all_applied(world, &ledger).await;
+        until("no trouble is left", async || {
+            self.relay.health().trouble.is_none() && self.running.health().trouble.is_none()
+        })
+        .await;
+        self.relay.shutdown().await.expect("relay");
+        self.running.shutdown().await.expect("consumer");
+        ledger
+    }
+}
+
+/// One fault on the wire, somewhere in what is under way.
+async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
+    let direction = if rng.random() { Direction::ToServer } else { Direction::ToClient };
+    let bytes = rng.random_range(1..20_000);
+    let before = proxy.counters().connections;
+    match kind {
+        0 => proxy.cut(),
+        1 => proxy.reset(),
+        // In the middle of a frame, at nearly every number.
+        2 => proxy.reset_after_bytes(direction, bytes),
+        3 => proxy.cut_after_bytes(direction, bytes),
+        _ => {
+            // Answers are on their way and never come.
+            proxy.hold(direction);
+            tokio::time::sleep(Duration::from_millis(rng.random_range(50..500))).await;
+            proxy.reset();
+            proxy.release();
+        }
+    }
+    let again = proxy.wait_for_connections(before + 1);
+    let again = tokio::time::timeout(Duration::from_secs(60), again).await;
+    again.expect("it connects again");
+}
+
+fn rounds() -> u32 {
+    if is_soak() { 200 } else { 10 }
+}
+
+async fn broker_connections_that_break_in_mid_window(world: World) {
+    let seed = seed();
+    let mut rng = StdRng::seed_from_u64(seed);
+    let behind = Behind::start(&world, seed).await;
+    for round in 0..rounds() {
+        break_connections(&behind.broker, round % 5, &mut rng).await;
+        Behind::goes_on(&world).await;
+    }
+    // Confirms and deliveries that come late, but come.
+    for direction in [Direction::ToClient, Direction::ToServer] {
+        behind.broker.hold(direction);
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
+        behind.broker.release();
+        Behind::goes_on(&world).await;
+    }
+    let ledger = behind.end(&world).await;
+    let repeated = assert_whole(&world, &ledger).await;
+    assert!(repeated > 0, "no confirm was lost: the faults showed nothing");
+}
+
+/// Everything stands open and nothing answers, for longer than every deadline of the adapter.
+async fn a_broker_that_falls_silent(world: World) {
+    let seed = seed();
+    let behind = Behind::start(&world, seed).await;
+    behind.broker.black_hole(true);
+    until("both tell what they wait for", async || {
+        let troubles = (behind.relay.health().trouble, behind.running.health().trouble);
+        matches!(troubles, (Some(_), Some(_)))
+    })
+    .await;
+    // Promise 5: enqueue does not notice.
+    world.commit(&world.outbox(), &[Tick::new("meanwhile", 1)]).await;
+    behind.broker.black_hole(false);
+    Behind::goes_on(&world).await;
+    let ledger = behind.end(&world).await;
+    assert_whole(&world, &ledger).await;
+}
+
+async fn database_connections_that_break_in_mid_work(world: World) {
+    let seed = seed();
+    let mut rng = StdRng::seed_from_u64(seed);
+    let behind = Behind::start(&world, seed).await;
+    for round in 0..rounds() {
+        let victim = if rng.random() { &behind.producer } else { &behind.consumer };
+        break_connections(victim, round % 5, &mut rng).await;
+        Behind::goes_on(&world).await;
+    }
+    let ledger = behind.end(&world).await;
+    assert_whole(&world, &ledger).await;
+}
+
+/// For longer than the leases last: nobody may act on them.
+async fn databases_that_fall_silent(world: World) {
+    let seed = seed();
+    let behind = Behind::start(&world, seed).await;
+    for proxy in [&behind.producer, &behind.consumer] {
+        proxy.black_hole(true);
+        let held = async || {
+            if std::ptr::eq(proxy, &raw const behind.producer) {
+                behind.relay.health().held
+            } else {
+                behind.running.health().held
+            }
+        };
+        until("the lease is no longer trusted", async || held().await == 0).await;
+        proxy.black_hole(false);
+        until("it is held again", async || held().await > 0).await;
+        Behind::goes_on(&world).await;
+    }
+    let ledger = behind.end(&world).await;
+    assert_whole(&world, &ledger).await;
+}
