@@ -5,6 +5,8 @@
 
 #[path = "amqp/blocked.rs"]
 mod blocked;
+#[path = "amqp/encryption.rs"]
+mod encryption;
 #[path = "amqp/faults.rs"]
 mod faults;
 #[path = "amqp/publishing.rs"]

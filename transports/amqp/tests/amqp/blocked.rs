@@ -15,9 +15,9 @@ async fn a_blocked_connection_is_waited_for_without_deadline_rebuild_or_repeat()
     let (proxy, through) = Proxy::before(server.url()).await.unwrap();
     let mut config = config(&through);
     config.confirm_timeout = CONFIRM;
-    config.connect_timeout = Duration::from_secs(2);
+    config.connect_timeout = Duration::from_secs(5);
     // lapin sends no heartbeats meanwhile: the broker must not mind.
-    config.heartbeat = Duration::from_secs(1);
+    config.heartbeat = Duration::from_secs(2);
     let amqp = Amqp::new(config).unwrap();
     let binding = Binding {
         topic: TOPIC.into(),

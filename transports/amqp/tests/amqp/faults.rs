@@ -124,6 +124,38 @@ async fn a_broker_that_falls_silent_is_given_up_by_the_deadline() {
 }
 
 #[tokio::test]
+async fn a_deadline_ends_the_session_and_keeps_a_connection_that_wrote_all() {
+    let Some(url) = vhost().await else { return };
+    let (proxy, through) = Proxy::before(&url).await.unwrap();
+    let mut config = config(&through);
+    config.confirm_timeout = Duration::from_secs(1);
+    let amqp = Amqp::new(config).unwrap();
+    let publisher = amqp.publisher().await.unwrap();
+    assert_all(
+        &soon(publisher.publish(events(0..10))).await,
+        "stored",
+        None,
+    );
+    let connections = proxy.counters().connections;
+    proxy.hold(Direction::ToClient);
+    let outcomes = soon(publisher.publish(events(10..20))).await;
+    assert_all(&outcomes, "unknown", Some(Kind::Timeout));
+    proxy.release();
+    // The confirms arrive now, too late for anybody; the session stays what it was told to be.
+    assert_all(
+        &soon(publisher.publish(events(20..30))).await,
+        "unknown",
+        Some(Kind::Timeout),
+    );
+    drop(publisher);
+    let again = soon(amqp.publisher()).await.unwrap();
+    assert_all(&soon(again.publish(events(10..30))).await, "stored", None);
+    assert_eq!(proxy.counters().connections, connections);
+    let ids = Raw::connect(&url).await.drain(QUEUE).await;
+    assert_eq!((ids.len(), set(ids)), (40, set(0..30)));
+}
+
+#[tokio::test]
 async fn a_broker_that_falls_silent_is_given_up_by_the_heartbeat() {
     let Some(url) = vhost().await else { return };
     let (proxy, through) = Proxy::before(&url).await.unwrap();
@@ -331,9 +363,7 @@ async fn reading_starts_again_after_the_connection_was_cut() {
 async fn closing_a_session_whose_broker_is_silent_returns_and_ends_the_connection() {
     let Some(url) = vhost().await else { return };
     let (proxy, through) = Proxy::before(&url).await.unwrap();
-    let mut config = config(&through);
-    config.connect_timeout = Duration::from_secs(3);
-    let amqp = Amqp::new(config).unwrap();
+    let amqp = amqp(&through);
     let binding = Binding {
         topic: TOPIC.into(),
         group: GROUP.into(),
