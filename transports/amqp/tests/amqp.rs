@@ -22,7 +22,8 @@ use futures_util::StreamExt;
 use lapin::{
     BasicProperties, Channel, Connection, ConnectionProperties,
     message::Delivery,
-    options::{BasicConsumeOptions, BasicPublishOptions, QueueDeclareOptions},
+    options::{BasicConsumeOptions, BasicPublishOptions, QueueBindOptions, QueueDeclareOptions},
+    types::FieldTable,
 };
 use pillarbox_amqp::{Amqp, Config, Queue};
 use pillarbox_testkit::servers;
@@ -119,6 +120,19 @@ impl Raw {
             .channel
             .queue_declare(queue.into(), passive, Default::default());
         queue.await.unwrap().message_count()
+    }
+
+    /// A classic queue in memory, bound to the type of its name.
+    async fn queue_for(&self, kind: &str, arguments: FieldTable) {
+        let declare = self
+            .channel
+            .queue_declare(kind.into(), Default::default(), arguments);
+        declare.await.unwrap();
+        let (options, none) = (QueueBindOptions::default(), FieldTable::default());
+        let bind = self
+            .channel
+            .queue_bind(kind.into(), TOPIC.into(), kind.into(), options, none);
+        bind.await.unwrap();
     }
 
     /// All that lies in a queue, in order.
