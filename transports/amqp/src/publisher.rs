@@ -21,7 +21,7 @@ use futures_util::{
 };
 use lapin::{
     Channel,
-    options::{BasicPublishOptions, ConfirmSelectOptions},
+    options::{BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions},
 };
 use pillarbox_transport::{Error, Kind, Message, Outcome, Publisher, Result};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -29,7 +29,7 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use crate::{
     connection::Live,
     outcome::{Answer, Cause, Verdict},
-    topology::{Spec, Topology, short},
+    topology::{Spec, Topology},
     wire::{Encoder, Wire},
 };
 
@@ -176,13 +176,13 @@ impl Shared {
     }
 
     /// Makes sure that `messages` may be sent now: waits while the broker blocks the connection, replaces a channel that
-    /// was closed, declares exchanges that are new. Answers which messages cannot be sent, and why.
+    /// was closed, declares exchanges that are new. Answers what to send, or why not.
     async fn prepare(
         &self,
         inbox: &mut Inbox,
         channel: &mut Channel,
         messages: &[Message],
-    ) -> Result<Vec<Option<Outcome>>, End> {
+    ) -> Result<Vec<Result<Wire, Outcome>>, End> {
         let mut end = self.end.subscribe();
         tokio::select! {
             biased;
@@ -194,15 +194,17 @@ impl Shared {
         if let Some(end) = self.ended() {
             return Err(end);
         }
-        let mut refused: Vec<Option<Outcome>> = messages.iter().map(|_| None).collect();
+        let limit = self.plan.max_payload.load(Relaxed);
+        let encode = |m| self.encoder.encode(m, limit).map_err(Outcome::Rejected);
+        let mut wires: Vec<_> = messages.iter().map(encode).collect();
         if let Err(e) = self.renew(inbox, channel).await {
-            for slot in &mut refused {
-                *slot = Some(self.not_sent(&e)?);
+            for wire in wires.iter_mut().filter(|wire| wire.is_ok()) {
+                *wire = Err(self.not_sent(&e)?);
             }
-            return Ok(refused);
+            return Ok(wires);
         }
-        self.declare_topics(inbox, messages, &mut refused).await?;
-        Ok(refused)
+        self.declare_topics(inbox, messages, &mut wires).await?;
+        Ok(wires)
     }
 
     /// Makes good what the broker has closed or lost, so that a queue is never missing only because its exchange was
@@ -222,25 +224,23 @@ impl Shared {
         &self,
         inbox: &mut Inbox,
         messages: &[Message],
-        refused: &mut [Option<Outcome>],
+        wires: &mut [Result<Wire, Outcome>],
     ) -> Result<(), End> {
         if self.plan.target != Target::Topics {
             return Ok(());
         }
-        for (at, message) in messages.iter().enumerate() {
-            let topic = &message.topic;
-            if refused[at].is_some() || inbox.declared.contains(topic) || short(topic).is_err() {
+        for (at, Message { topic, .. }) in messages.iter().enumerate() {
+            if wires[at].is_err() || inbox.declared.contains(topic) {
                 continue;
             }
             let declared = self.plan.topology.declare_exchange(&self.plan.live, topic);
-            match declared.await {
-                Ok(()) => drop(inbox.declared.insert(topic.clone())),
-                Err(e) => {
-                    for (slot, other) in refused.iter_mut().zip(messages) {
-                        if other.topic == *topic {
-                            *slot = Some(self.not_sent(&e)?);
-                        }
-                    }
+            let Err(e) = declared.await else {
+                inbox.declared.insert(topic.clone());
+                continue;
+            };
+            for (wire, other) in wires.iter_mut().zip(messages) {
+                if wire.is_ok() && other.topic == *topic {
+                    *wire = Err(self.not_sent(&e)?);
                 }
             }
         }
@@ -269,11 +269,11 @@ async fn work(shared: Arc<Shared>, mut channel: Channel) {
         let prepared = shared.prepare(&mut inbox, &mut channel, &messages).await;
         let outcomes = match prepared {
             Err(end) => end.outcomes(messages.len()),
-            Ok(refused) => {
+            Ok(wires) => {
                 let unwritten = AtomicUsize::new(0);
-                let flight = Flight::start(&shared, &channel, &messages, refused, &unwritten);
+                let flight = Flight::start(&channel, &messages, wires, &unwritten);
                 drop(inbox);
-                flight.land(&shared, &messages, &unwritten).await
+                flight.land(&shared, &channel, &messages, &unwritten).await
             }
         };
         // The owner may have lost interest.
@@ -300,38 +300,35 @@ struct Flight<'a>(Vec<Step<'a>>);
 impl<'a> Flight<'a> {
     /// Queues the messages for the broker, in order.
     fn start(
-        shared: &Shared,
         channel: &'a Channel,
         messages: &'a [Message],
-        refused: Vec<Option<Outcome>>,
+        wires: Vec<Result<Wire, Outcome>>,
         unwritten: &'a AtomicUsize,
     ) -> Self {
-        let limit = shared.plan.max_payload.load(Relaxed);
-        let step = |(message, refused): (&'a Message, Option<Outcome>)| {
-            if let Some(outcome) = refused {
-                return Step::Known(outcome);
-            }
-            match shared.encoder.encode(message, limit) {
-                Err(e) => Step::Known(Outcome::Rejected(e)),
-                Ok(wire) => {
-                    let body = message.payload.as_deref().unwrap_or_default();
-                    let mut publish = Box::pin(publish(channel, wire, body, unwritten));
-                    // The first poll queues the frames; the waker comes with the next.
-                    let mut context = Context::from_waker(Waker::noop());
-                    match publish.as_mut().poll(&mut context) {
-                        Poll::Ready(answer) => Step::Answered(answer),
-                        Poll::Pending => Step::Waiting(publish),
-                    }
-                }
+        let step = |(message, wire): (&'a Message, Result<Wire, Outcome>)| {
+            let wire = match wire {
+                Ok(wire) => wire,
+                Err(outcome) => return Step::Known(outcome),
+            };
+            let body = message.payload.as_deref().unwrap_or_default();
+            let mut publish = Box::pin(publish(channel, wire, body, unwritten));
+            // The first poll queues the frames; the waker comes with the next.
+            match publish
+                .as_mut()
+                .poll(&mut Context::from_waker(Waker::noop()))
+            {
+                Poll::Ready(answer) => Step::Answered(answer),
+                Poll::Pending => Step::Waiting(publish),
             }
         };
-        Self(messages.iter().zip(refused).map(step).collect())
+        Self(messages.iter().zip(wires).map(step).collect())
     }
 
     /// Waits for all confirms.
     async fn land(
         mut self,
         shared: &Shared,
+        channel: &Channel,
         messages: &[Message],
         unwritten: &AtomicUsize,
     ) -> Vec<Outcome> {
@@ -344,21 +341,56 @@ impl<'a> Flight<'a> {
             }
         };
         let limit = shared.plan.confirm_timeout;
+        let mut late = Vec::new();
         if shared.plan.live.within(limit, all).await.is_none() {
-            for step in steps.iter_mut() {
-                if let Step::Waiting(confirm) = step
-                    && let Some(answer) = confirm.now_or_never()
-                {
-                    *step = Step::Answered(answer);
-                }
-            }
-            if unwritten.load(Relaxed) > 0 {
-                // lapin would still send them later, after whoever sends them again.
-                shared.plan.live.cut();
+            late = self.give_up(shared, channel, unwritten).await;
+        }
+        shared.judge(self.0, &late, messages)
+    }
+
+    /// After the deadline: what was confirmed in time keeps its confirm, and the rest is unknown.
+    ///
+    /// A return may just be on its way from lapin's thread to a confirm that is not waited for any more. Whatever was
+    /// received by now has been handed out when the broker's answer to one more question has: without that answer, no
+    /// confirm is believed. Answers the confirms that came late, for the returns that they carry.
+    async fn give_up(
+        &mut self,
+        shared: &Shared,
+        channel: &Channel,
+        unwritten: &AtomicUsize,
+    ) -> Vec<Answer> {
+        let live = &shared.plan.live;
+        for step in &mut self.0 {
+            if let Step::Waiting(confirm) = step
+                && let Some(answer) = confirm.now_or_never()
+            {
+                *step = Step::Answered(answer);
             }
         }
-        shared.judge(self.0, messages)
+        if unwritten.load(Relaxed) > 0 {
+            // lapin would still send them later, after whoever sends them again.
+            live.cut();
+        }
+        let question = channel.basic_qos(1, BasicQosOptions::default());
+        let believed = live
+            .answer("wait for the last confirms", question)
+            .await
+            .is_ok();
+        let mut late = Vec::new();
+        for step in &mut self.0 {
+            match step {
+                Step::Waiting(confirm) => late.extend(confirm.now_or_never()),
+                Step::Answered(Ok(_)) if !believed => *step = Step::Answered(Err(overtaken())),
+                _ => {}
+            }
+        }
+        late
     }
+}
+
+/// The error of a confirm that is not believed.
+fn overtaken() -> lapin::Error {
+    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }
 
 async fn publish(channel: &Channel, wire: Wire, body: &[u8], unwritten: &AtomicUsize) -> Answer {
@@ -381,12 +413,12 @@ async fn publish(channel: &Channel, wire: Wire, body: &[u8], unwritten: &AtomicU
 
 impl Shared {
     /// What became of each message. Ends the session when that is unknown for any.
-    fn judge(&self, steps: Vec<Step<'_>>, messages: &[Message]) -> Vec<Outcome> {
+    fn judge(&self, steps: Vec<Step<'_>>, late: &[Answer], messages: &[Message]) -> Vec<Outcome> {
         let answers = steps.iter().filter_map(|step| match step {
             Step::Answered(answer) => Some(answer),
             _ => None,
         });
-        let verdict = Verdict::of(answers, self.plan.live.cluster());
+        let verdict = Verdict::of(answers.chain(late), self.plan.live.cluster());
         if let Cause::TooLarge(limit) = verdict.cause {
             self.plan.max_payload.fetch_min(limit, Relaxed);
         }

@@ -156,6 +156,46 @@ async fn a_deadline_ends_the_session_and_keeps_a_connection_that_wrote_all() {
 }
 
 #[tokio::test]
+async fn a_queue_that_never_confirms_takes_nothing_from_the_others() {
+    let Some(server) = servers::required(servers::rabbitmq().await) else {
+        return;
+    };
+    let url = server.create_vhost().await.unwrap();
+    let mut config = config(&url);
+    config.confirm_timeout = Duration::from_secs(2);
+    let amqp = Amqp::new(config).unwrap();
+    let publisher = amqp.publisher().await.unwrap();
+    Raw::connect(&url)
+        .await
+        .queue_for("stuck", Default::default())
+        .await;
+    let vhost = url.rsplit('/').next().unwrap();
+    let process = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"{vhost}\">>, queue, <<\"stuck\">>)), sys:suspend(amqqueue:get_pid(Q))."
+    );
+    server.ctl(&["eval", &process]).await.unwrap();
+    let mut messages = events(0..300);
+    for (at, message) in messages.iter_mut().enumerate() {
+        match at % 3 {
+            0 => message.kind = "stuck".into(),
+            1 => message.kind = "inventory.stock.nobody".into(),
+            _ => {}
+        }
+    }
+    let outcomes = soon(publisher.publish(messages)).await;
+    for (at, found) in words(&outcomes).into_iter().enumerate() {
+        let expected = match at % 3 {
+            0 => ("unknown", Some(Kind::Timeout)),
+            1 => ("retry", Some(Kind::Unrouted)),
+            _ => ("stored", None),
+        };
+        assert_eq!(found, expected, "message {at}");
+    }
+    let process = process.replace("suspend", "resume");
+    server.ctl(&["eval", &process]).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_broker_that_falls_silent_is_given_up_by_the_heartbeat() {
     let Some(url) = vhost().await else { return };
     let (proxy, through) = Proxy::before(&url).await.unwrap();
