@@ -71,7 +71,8 @@ pub fn consumed(group: &str, outcome: &str) -> u64 {
 pub fn count(name: &str, labels: &[(&str, &str)]) -> u64 {
     let counters = COUNTERS.lock().unwrap_or_else(PoisonError::into_inner);
     let has = |key: &Key, (name, value): &(&str, &str)| {
-        key.labels().any(|l| l.key() == *name && l.value() == *value)
+        key.labels()
+            .any(|l| l.key() == *name && l.value() == *value)
     };
     counters
         .iter()

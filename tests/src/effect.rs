@@ -163,10 +163,16 @@ async fn write(d: &Delivery<Tick>, connection: Connection<'_>) -> sqlx::Result<(
     }
     match connection {
         Connection::Postgres(c) => {
-            insert!(c, "INSERT INTO effect (event_id, key, n) VALUES ($1, $2, $3)")
+            insert!(
+                c,
+                "INSERT INTO effect (event_id, key, n) VALUES ($1, $2, $3)"
+            )
         }
         Connection::Sqlite(c) => {
-            insert!(c, "INSERT INTO effect (event_id, key, n) VALUES (?1, ?2, ?3)")
+            insert!(
+                c,
+                "INSERT INTO effect (event_id, key, n) VALUES (?1, ?2, ?3)"
+            )
         }
     }
 }

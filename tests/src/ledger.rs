@@ -146,11 +146,21 @@ async fn enqueue(
     let mut written = Vec::with_capacity(keys.len());
     for key in keys {
         let n: i64 = match connection.reborrow() {
-            Connection::Postgres(c) => sqlx::query_scalar(COUNT).bind(key).fetch_one(c).await.ok()?,
-            Connection::Sqlite(c) => sqlx::query_scalar(COUNT).bind(key).fetch_one(c).await.ok()?,
+            Connection::Postgres(c) => sqlx::query_scalar(COUNT)
+                .bind(key)
+                .fetch_one(c)
+                .await
+                .ok()?,
+            Connection::Sqlite(c) => sqlx::query_scalar(COUNT)
+                .bind(key)
+                .fetch_one(c)
+                .await
+                .ok()?,
         };
         let n = u32::try_from(n).ok()?;
-        let id = outbox.enqueue(connection.reborrow(), &Tick::new(key, n)).await;
+        let id = outbox
+            .enqueue(connection.reborrow(), &Tick::new(key, n))
+            .await;
         written.push(Written {
             id: id.ok()?.to_string(),
             key: key.clone(),
@@ -167,10 +177,16 @@ impl Ledger {
         let log = tables::log(producer).await;
         let ids: HashSet<&str> = log.iter().map(|e| e.id.as_str()).collect();
         for written in &self.committed {
-            assert!(ids.contains(written.id.as_str()), "lost by the database: {written:?}");
+            assert!(
+                ids.contains(written.id.as_str()),
+                "lost by the database: {written:?}"
+            );
         }
         for written in &self.rolled_back {
-            assert!(!ids.contains(written.id.as_str()), "rolled back, yet there: {written:?}");
+            assert!(
+                !ids.contains(written.id.as_str()),
+                "rolled back, yet there: {written:?}"
+            );
         }
         log
     }
@@ -224,10 +240,18 @@ fn assert_first_arrivals(log: &[Logged], seen: &[(&str, &str, u32)]) -> usize {
             continue;
         }
         let expected = next.entry(key).or_insert(1);
-        assert_eq!(n, expected, "out of order: {key} {n} came where {expected} was due");
+        assert_eq!(
+            n, expected,
+            "out of order: {key} {n} came where {expected} was due"
+        );
         *expected += 1;
     }
     let lost: Vec<&Logged> = missing.into_values().collect();
-    assert!(lost.is_empty(), "{} lost, the first is {:?}", lost.len(), lost[0]);
+    assert!(
+        lost.is_empty(),
+        "{} lost, the first is {:?}",
+        lost.len(),
+        lost[0]
+    );
     repeated
 }

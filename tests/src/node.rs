@@ -152,13 +152,19 @@ impl Node {
     pub async fn end(&mut self) -> bool {
         self.signal(Signal::TERM);
         let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
-        ended.expect("it ends within a minute").expect("an exit").success()
+        ended
+            .expect("it ends within a minute")
+            .expect("an exit")
+            .success()
     }
 
     /// Waits until it ends by itself, and answers whether that was well.
     pub async fn ended(&mut self) -> bool {
         let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
-        ended.expect("it ends within a minute").expect("an exit").success()
+        ended
+            .expect("it ends within a minute")
+            .expect("an exit")
+            .success()
     }
 
     /// SIGSTOP: it stands still, its connections stay open.

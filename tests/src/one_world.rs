@@ -5,13 +5,19 @@ use crate::Kind::{self, Embedded, Servers};
 const ONE_WRITER: &str = "one SQLite writer blocks the others: no transaction commits later than one that began after it";
 const NO_WIRE: &str = "memory has no wire: no stranger can send it a message without an envelope";
 const NO_BROKER: &str = "memory has no server that could be away, full, frozen or restarted";
-const NO_SERVER: &str = "SQLite and memory have no server that could be stopped, cut off or restarted, and no password";
-const NO_POWER_CUT: &str = "what SQLite has not flushed only a power cut loses, and a test cannot make one";
+const NO_SERVER: &str =
+    "SQLite and memory have no server that could be stopped, cut off or restarted, and no password";
+const NO_POWER_CUT: &str =
+    "what SQLite has not flushed only a power cut loses, and a test cannot make one";
 const NO_SETTING: &str = "SQLite has no such setting";
 
 /// (test, the world that has it, why the other cannot).
 pub const CASES: &[(&str, Kind, &str)] = &[
-    ("a_transaction_that_commits_late_is_delivered", Servers, ONE_WRITER),
+    (
+        "a_transaction_that_commits_late_is_delivered",
+        Servers,
+        ONE_WRITER,
+    ),
     (
         "messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reason",
         Servers,
@@ -23,8 +29,16 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         "memory gives a group only the types that it has handlers for",
     ),
     ("a_full_queue_costs_nothing_but_time", Servers, NO_BROKER),
-    ("a_missing_exchange_costs_nothing_but_time", Servers, NO_BROKER),
-    ("a_broker_that_is_away_at_the_start_is_waited_for", Servers, NO_BROKER),
+    (
+        "a_missing_exchange_costs_nothing_but_time",
+        Servers,
+        NO_BROKER,
+    ),
+    (
+        "a_broker_that_is_away_at_the_start_is_waited_for",
+        Servers,
+        NO_BROKER,
+    ),
     (
         "a_group_that_does_not_read_costs_nothing_but_time",
         Embedded,
@@ -40,20 +54,48 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Embedded,
         "PostgreSQL's writers wait for each other row by row",
     ),
-    ("the_hosts_isolation_level_is_not_the_engines", Servers, NO_SETTING),
+    (
+        "the_hosts_isolation_level_is_not_the_engines",
+        Servers,
+        NO_SETTING,
+    ),
     (
         "memory_says_ok_once_every_group_has_committed",
         Embedded,
         "a broker's Ok says that its queues have the event, not its groups",
     ),
-    ("broker_connections_that_break_in_mid_window", Servers, NO_SERVER),
+    (
+        "broker_connections_that_break_in_mid_window",
+        Servers,
+        NO_SERVER,
+    ),
     ("a_broker_that_falls_silent", Servers, NO_SERVER),
-    ("database_connections_that_break_in_mid_work", Servers, NO_SERVER),
+    (
+        "database_connections_that_break_in_mid_work",
+        Servers,
+        NO_SERVER,
+    ),
     ("databases_that_fall_silent", Servers, NO_SERVER),
-    ("a_broker_that_restarts_costs_nothing_but_time", Servers, NO_SERVER),
-    ("a_database_that_restarts_costs_nothing_but_time", Servers, NO_SERVER),
-    ("what_a_crashed_database_lost_was_not_sent", Servers, NO_POWER_CUT),
-    ("what_was_acknowledged_survives_a_crash", Servers, NO_POWER_CUT),
+    (
+        "a_broker_that_restarts_costs_nothing_but_time",
+        Servers,
+        NO_SERVER,
+    ),
+    (
+        "a_database_that_restarts_costs_nothing_but_time",
+        Servers,
+        NO_SERVER,
+    ),
+    (
+        "what_a_crashed_database_lost_was_not_sent",
+        Servers,
+        NO_POWER_CUT,
+    ),
+    (
+        "what_was_acknowledged_survives_a_crash",
+        Servers,
+        NO_POWER_CUT,
+    ),
     ("a_wrong_password_is_told_and_not_shown", Servers, NO_SERVER),
     (
         "memory_is_held_by_one_at_a_time",
@@ -67,6 +109,11 @@ pub const CASES: &[(&str, Kind, &str)] = &[
 /// # Panics
 /// Then.
 pub fn assert_listed(test: &str, world: Kind) {
-    let listed = CASES.iter().any(|(name, kind, _)| *name == test && *kind == world);
-    assert!(listed, "{test} runs in one world: give its reason in one_world::CASES");
+    let listed = CASES
+        .iter()
+        .any(|(name, kind, _)| *name == test && *kind == world);
+    assert!(
+        listed,
+        "{test} runs in one world: give its reason in one_world::CASES"
+    );
 }

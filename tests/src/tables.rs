@@ -12,10 +12,7 @@ pub async fn query(database: &Database, sql: &str) -> Vec<Vec<Option<String>>> {
 ///
 /// # Errors
 /// The database's.
-pub async fn try_query(
-    database: &Database,
-    sql: &str,
-) -> sqlx::Result<Vec<Vec<Option<String>>>> {
+pub async fn try_query(database: &Database, sql: &str) -> sqlx::Result<Vec<Vec<Option<String>>>> {
     macro_rules! rows {
         ($pool:expr, $before:literal) => {
             sqlx::query(AssertSqlSafe(sql.replace("{t}", $before)))
@@ -82,9 +79,15 @@ pub async fn dead_letters(database: &Database) -> Vec<Dead> {
     query(database, sql).await.into_iter().map(dead).collect()
 }
 
+/// How many rows a table has (`{t}` before the name of one of the engine's).
+pub async fn count(database: &Database, table: &str) -> usize {
+    let sql = format!("SELECT CAST(count(*) AS TEXT) FROM {table}");
+    usize::try_from(number(database, &sql).await).expect("a count")
+}
+
 /// How many events wait.
-pub async fn deferred(database: &Database) -> i64 {
-    number(database, "SELECT CAST(count(*) AS TEXT) FROM {t}deferred").await
+pub async fn deferred(database: &Database) -> usize {
+    count(database, "{t}deferred").await
 }
 
 /// A row of the log, or a waiting one.
@@ -119,7 +122,11 @@ pub async fn try_log(database: &Database) -> sqlx::Result<Vec<Logged>> {
         "SELECT CAST(position AS TEXT), CAST(id AS TEXT), key, {payload} FROM {{t}}outbox ORDER BY position"
     );
     let logged = |row: Vec<Option<String>>| Logged {
-        position: row[0].as_deref().unwrap_or_default().parse().expect("a position"),
+        position: row[0]
+            .as_deref()
+            .unwrap_or_default()
+            .parse()
+            .expect("a position"),
         id: row[1].clone().unwrap_or_default(),
         key: row[2].clone(),
         n: row[3]
@@ -128,7 +135,11 @@ pub async fn try_log(database: &Database) -> sqlx::Result<Vec<Logged>> {
             .and_then(|payload| payload["n"].as_u64())
             .and_then(|n| u32::try_from(n).ok()),
     };
-    Ok(try_query(database, &sql).await?.into_iter().map(logged).collect())
+    Ok(try_query(database, &sql)
+        .await?
+        .into_iter()
+        .map(logged)
+        .collect())
 }
 
 /// Sets the relay's cursors back to the start of the log: everything comes again.

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     effect::{Tick, TickHandler, Ticked, effects},
-    wire,
+    tables, wire,
 };
 
 /// The tests' topic.
@@ -242,9 +242,14 @@ impl World {
     /// Waits until there are so many effects at least.
     pub async fn until_effects(&self, count: usize) {
         until(&format!("{count} effects"), async || {
-            self.effects().await.len() >= count
+            self.count_effects().await >= count
         })
         .await;
+    }
+
+    /// How many effects there are.
+    pub async fn count_effects(&self) -> usize {
+        tables::count(&self.consumer, "effect").await
     }
 }
 
@@ -261,7 +266,10 @@ impl Way {
     /// Stops both, which is possible at any time.
     pub async fn stop(self) {
         self.relay.shutdown().await.expect("the relay ends well");
-        self.consumer.shutdown().await.expect("the consumer ends well");
+        self.consumer
+            .shutdown()
+            .await
+            .expect("the consumer ends well");
     }
 }
 
@@ -282,10 +290,7 @@ async fn addresses() -> Option<((String, String), String)> {
         let own = servers::required(own)?;
         amqp_url = own.create_vhost().await.expect("a vhost");
     }
-    let urls = (
-        producer.expect("a database"),
-        consumer.expect("a database"),
-    );
+    let urls = (producer.expect("a database"), consumer.expect("a database"));
     Some((urls, amqp_url))
 }
 

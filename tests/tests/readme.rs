@@ -23,8 +23,12 @@ fn block(readme: &str, language: &str) -> String {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_first_screen_compiles_and_sends_its_event() {
-    let Some(postgres) = servers::required(servers::postgres().await) else { return };
-    let Some(rabbitmq) = servers::required(servers::rabbitmq().await) else { return };
+    let Some(postgres) = servers::required(servers::postgres().await) else {
+        return;
+    };
+    let Some(rabbitmq) = servers::required(servers::rabbitmq().await) else {
+        return;
+    };
     let database = postgres.create_database().await.expect("a database");
     let vhost = rabbitmq.create_vhost().await.expect("a vhost");
 
@@ -42,17 +46,28 @@ async fn the_first_screen_compiles_and_sends_its_event() {
         .spawn()
         .expect("the program");
     let (kind, body) = received(&vhost).await;
-    assert_eq!((kind.as_str(), body.as_str()), ("shop.order.placed", r#"{"order":7}"#));
+    assert_eq!(
+        (kind.as_str(), body.as_str()),
+        ("shop.order.placed", r#"{"order":7}"#)
+    );
     interrupt(&program);
     let ended = tokio::time::timeout(Duration::from_secs(60), program.wait()).await;
-    assert!(ended.expect("it ends after Ctrl-C").expect("a status").success());
+    assert!(
+        ended
+            .expect("it ends after Ctrl-C")
+            .expect("a status")
+            .success()
+    );
 }
 
 fn write_package(package: &Path) {
     let readme = std::fs::read_to_string(format!("{ROOT}/README.md")).expect("the README");
     let wanted = "pillarbox = \"0.1\"";
     let dependencies = block(&readme, "toml");
-    assert!(dependencies.contains(wanted), "the README's dependencies name no pillarbox");
+    assert!(
+        dependencies.contains(wanted),
+        "the README's dependencies name no pillarbox"
+    );
     // Not published yet: the same line, from this checkout.
     let here = dependencies.replace(wanted, &format!("pillarbox = {{ path = {ROOT:?} }}"));
     let manifest = format!(
@@ -68,30 +83,59 @@ fn write_package(package: &Path) {
 fn cargo(package: &Path) -> Command {
     let mut cargo = Command::new(env!("CARGO"));
     // Beside the workspace's own build, so that what both need is built once.
-    let target = Path::new(env!("CARGO_BIN_EXE_pillarbox-test-node")).ancestors().nth(2).expect("the target folder");
-    cargo.current_dir(package).env("CARGO_TARGET_DIR", target).stdin(Stdio::null());
+    let target = Path::new(env!("CARGO_BIN_EXE_pillarbox-test-node"))
+        .ancestors()
+        .nth(2)
+        .expect("the target folder");
+    cargo
+        .current_dir(package)
+        .env("CARGO_TARGET_DIR", target)
+        .stdin(Stdio::null());
     cargo
 }
 
 /// The event, by an independent client that waits until the program has declared its queue.
 async fn received(vhost: &str) -> (String, String) {
-    let connection = Connection::connect(vhost, ConnectionProperties::default()).await.expect("a connection");
+    let connection = Connection::connect(vhost, ConnectionProperties::default())
+        .await
+        .expect("a connection");
     until("the queue is declared", || async {
         let channel = connection.create_channel().await.expect("a channel");
-        let options = QueueDeclareOptions { passive: true, ..Default::default() };
-        channel.queue_declare("billing".into(), options, FieldTable::default()).await.is_ok()
+        let options = QueueDeclareOptions {
+            passive: true,
+            ..Default::default()
+        };
+        channel
+            .queue_declare("billing".into(), options, FieldTable::default())
+            .await
+            .is_ok()
     })
     .await;
     let channel = connection.create_channel().await.expect("a channel");
     let options = BasicConsumeOptions::default();
-    let consumed = channel.basic_consume("billing".into(), "test".into(), options, FieldTable::default()).await;
-    let delivery = consumed.expect("a consumer").next().await.expect("an event").expect("a delivery");
+    let consumed = channel
+        .basic_consume(
+            "billing".into(),
+            "test".into(),
+            options,
+            FieldTable::default(),
+        )
+        .await;
+    let delivery = consumed
+        .expect("a consumer")
+        .next()
+        .await
+        .expect("an event")
+        .expect("a delivery");
     let kind = delivery.routing_key.to_string();
     (kind, String::from_utf8(delivery.data).expect("a text"))
 }
 
 /// Ctrl-C. `cargo run` replaces itself by the program on Unix.
 fn interrupt(program: &tokio::process::Child) {
-    let pid = program.id().and_then(|id| rustix::process::Pid::from_raw(id.cast_signed())).expect("a process");
+    let pid = program
+        .id()
+        .and_then(|id| rustix::process::Pid::from_raw(id.cast_signed()))
+        .expect("a process");
     rustix::process::kill_process(pid, rustix::process::Signal::INT).expect("a signal");
 }

@@ -198,11 +198,7 @@ impl Relay {
         core.report.expect(usize::from(partitions));
         let mut tasks = tokio::task::JoinSet::new();
         for partition in 0..partitions {
-            tasks.spawn(task(partition::run(
-                core.clone(),
-                partition,
-                stop.clone(),
-            )));
+            tasks.spawn(task(partition::run(core.clone(), partition, stop.clone())));
         }
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {

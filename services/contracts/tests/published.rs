@@ -1,4 +1,6 @@
 //! Holds the published schemas and their page equal to the types. `REWRITE_SCHEMAS=1` writes the schemas anew.
+// Helpers of the tests stand outside them, where clippy does not know them for tests.
+#![allow(clippy::unwrap_used)]
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 

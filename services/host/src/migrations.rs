@@ -53,6 +53,10 @@ pub async fn migrate(database: &Database, migrations: &Migrations) -> Result<()>
     match database.pool() {
         Some(Pool::Postgres(pool)) => {
             let mut tx = pool.begin().await?;
+            // That the table is there already is no news.
+            sqlx::query("SET LOCAL client_min_messages = warning")
+                .execute(&mut *tx)
+                .await?;
             sqlx::query("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))")
                 .bind(service)
                 .execute(&mut *tx)

@@ -215,7 +215,14 @@ async fn end(request: RequestBuilder) -> Result<EndStatus, Away> {
 }
 
 async fn send(request: RequestBuilder) -> Result<Response, Away> {
-    let response = request.send().await.map_err(|e| Away::Now(e.to_string()))?;
+    let sent = request.send().await;
+    let answered = match &sent {
+        Ok(response) => response.status().to_string(),
+        Err(e) if e.is_timeout() => "time-out".to_owned(),
+        Err(_) => "unreachable".to_owned(),
+    };
+    metrics::counter!("orders_inventory_calls_total", "answered" => answered).increment(1);
+    let response = sent.map_err(|e| Away::Now(e.to_string()))?;
     if response.status().is_server_error() {
         let status = response.status();
         return Err(Away::Now(format!("inventory answered {status}")));

@@ -219,7 +219,11 @@ impl Transport for HeldAcks {
         Ok(Box::new(HeldSubscription(inner)))
     }
 
-    async fn dead_letters(&self, topic: &str, group: &str) -> transport::Result<Box<dyn Publisher>> {
+    async fn dead_letters(
+        &self,
+        topic: &str,
+        group: &str,
+    ) -> transport::Result<Box<dyn Publisher>> {
         self.0.dead_letters(topic, group).await
     }
 }

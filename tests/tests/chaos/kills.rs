@@ -55,22 +55,30 @@ async fn killed_at_twenty_random_moments(world: World) {
 
 /// The effect is there and the broker does not know it: it delivers again, and nothing happens.
 async fn a_consumer_killed_between_commit_and_acknowledgement(world: World) {
-    let ticks: Vec<Tick> = (1..=50).map(|n| Tick::new(format!("key-{}", n % 5), n)).collect();
+    let ticks: Vec<Tick> = (1..=50)
+        .map(|n| Tick::new(format!("key-{}", n % 5), n))
+        .collect();
     world.commit(&world.outbox(), &ticks).await;
     let tasks = tasks(&world);
     let mut relay = (tasks.len() > 1).then(|| Node::start(NODE, &tasks[0]));
     let consumer = tasks.last().expect("a task");
-    let mut node = Node::start(NODE, &Task {
-        hold_acks: true,
-        ..consumer.clone()
-    });
+    let mut node = Node::start(
+        NODE,
+        &Task {
+            hold_acks: true,
+            ..consumer.clone()
+        },
+    );
     node.says("keeps the ack of").await;
     let before = world.effects().await;
     assert!(!before.is_empty(), "committed before it acknowledges");
     node.kill().await;
     if let Some(url) = &world.amqp_url {
         let client = Client::connect(url).await;
-        until("the broker has them back", async || client.depth(&world.queue()).await > 0).await;
+        until("the broker has them back", async || {
+            client.depth(&world.queue()).await > 0
+        })
+        .await;
     }
     let mut again = Node::start(NODE, consumer);
     world.until_effects(50).await;
@@ -80,7 +88,10 @@ async fn a_consumer_killed_between_commit_and_acknowledgement(world: World) {
     assert!(again.end().await, "{}", again.said());
     for effect in &before {
         let call = format!("handles {} {}\n", effect.key, effect.n);
-        assert!(!again.said().contains(&call), "{call}: its handler ran again");
+        assert!(
+            !again.said().contains(&call),
+            "{call}: its handler ran again"
+        );
     }
     let effects = world.effects().await;
     assert_eq!(effects.len(), 50, "an effect happened twice");
@@ -99,20 +110,22 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
     second.says("ready").await;
     world.until_effects(300).await;
     if world.kind == Kind::Embedded {
-        second.says("another process runs the memory transport").await;
+        second
+            .says("another process runs the memory transport")
+            .await;
         assert!(!second.said().contains("works\n"), "{}", second.said());
         assert!(!second.said().contains("handles"), "{}", second.said());
     }
     // Killed, then ended: the other goes on each time.
     first.kill().await;
     second.says("works\n").await;
-    let so_far = world.effects().await.len();
+    let so_far = world.count_effects().await;
     world.until_effects(so_far + 300).await;
     let mut third = Node::start(NODE, &Task::both(&world));
     third.says("ready").await;
     assert!(second.end().await, "{}", second.said());
     third.says("works\n").await;
-    let so_far = world.effects().await.len();
+    let so_far = world.count_effects().await;
     world.until_effects(so_far + 300).await;
     let ledger = writers.stop().await;
     until_all_applied(&world, &ledger).await;
@@ -120,7 +133,7 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
     assert_whole(&world, &ledger).await;
     // The whole log once more, as after a restore: no effect more.
     rewind(&world.producer).await;
-    let count = world.effects().await.len();
+    let count = world.count_effects().await;
     let mut fourth = Node::start(NODE, &Task::both(&world));
     fourth.says("works\n").await;
     world.commit(&outbox, &[Tick::new("last", 1)]).await;

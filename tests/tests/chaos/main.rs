@@ -24,7 +24,7 @@ const STEADY: Plan = Plan {
     writers: 3,
     keys: 20,
     events: usize::MAX / 8,
-    pause: Duration::from_millis(5),
+    pause: Duration::from_millis(20),
 };
 
 /// A queue that gets everything, where there is a broker.

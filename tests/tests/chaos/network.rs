@@ -41,7 +41,7 @@ impl Behind {
         let (consumer, consumer_url) = Proxy::before(&world.urls.1).await.expect("a proxy");
         let config = amqp_config(&amqp, &world.group);
         let transport: Arc<dyn Transport> = Arc::new(Amqp::new(config).expect("a config"));
-        let outbox = Outbox::new(&connect(&producer_url));
+        let outbox = Outbox::new(connect(&producer_url));
         let relay = Relay::new(&outbox, transport.clone())
             .source("producer")
             .settings(World::relay_settings());
@@ -63,7 +63,7 @@ impl Behind {
 
     /// Waits until it has gone on, whatever happened.
     async fn goes_on(world: &World) {
-        let so_far = world.effects().await.len();
+        let so_far = world.count_effects().await;
         world.until_effects(so_far + 100).await;
     }
 
@@ -82,7 +82,11 @@ impl Behind {
 
 /// One fault on the wire, somewhere in what is under way.
 async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
-    let direction = if rng.random() { Direction::ToServer } else { Direction::ToClient };
+    let direction = if rng.random() {
+        Direction::ToServer
+    } else {
+        Direction::ToClient
+    };
     let bytes = rng.random_range(1..20_000);
     let before = proxy.counters().connections;
     match kind {
@@ -125,7 +129,10 @@ async fn broker_connections_that_break_in_mid_window(world: World) {
     }
     let ledger = behind.end(&world).await;
     let repeated = assert_whole(&world, &ledger).await;
-    assert!(repeated > 0, "no confirm was lost: the faults showed nothing");
+    assert!(
+        repeated > 0,
+        "no confirm was lost: the faults showed nothing"
+    );
 }
 
 /// Everything stands open and nothing answers, for longer than every deadline of the adapter.
@@ -134,12 +141,17 @@ async fn a_broker_that_falls_silent(world: World) {
     let behind = Behind::start(&world, seed).await;
     behind.broker.black_hole(true);
     until("both tell what they wait for", async || {
-        let troubles = (behind.relay.health().trouble, behind.running.health().trouble);
+        let troubles = (
+            behind.relay.health().trouble,
+            behind.running.health().trouble,
+        );
         matches!(troubles, (Some(_), Some(_)))
     })
     .await;
     // Promise 5: enqueue does not notice.
-    world.commit(&world.outbox(), &[Tick::new("meanwhile", 1)]).await;
+    world
+        .commit(&world.outbox(), &[Tick::new("meanwhile", 1)])
+        .await;
     behind.broker.black_hole(false);
     Behind::goes_on(&world).await;
     let ledger = behind.end(&world).await;
@@ -151,7 +163,11 @@ async fn database_connections_that_break_in_mid_work(world: World) {
     let mut rng = StdRng::seed_from_u64(seed);
     let behind = Behind::start(&world, seed).await;
     for round in 0..rounds() {
-        let victim = if rng.random() { &behind.producer } else { &behind.consumer };
+        let victim = if rng.random() {
+            &behind.producer
+        } else {
+            &behind.consumer
+        };
         break_connections(victim, round % 5, &mut rng).await;
         Behind::goes_on(&world).await;
     }

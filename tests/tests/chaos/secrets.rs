@@ -25,9 +25,27 @@ async fn a_wrong_password_is_told_and_not_shown(world: World) {
     let relay = Task::relay(&world);
     let consumer = Task::consumer(&world);
     let cases = [
-        (Task { producer: Some(wrong(&world.urls.0)), ..relay.clone() }, "password authentication failed"),
-        (Task { consumer: Some(wrong(&world.urls.1)), ..consumer.clone() }, "password authentication failed"),
-        (Task { amqp: amqp.clone(), ..relay }, "ACCESS_REFUSED"),
+        (
+            Task {
+                producer: Some(wrong(&world.urls.0)),
+                ..relay.clone()
+            },
+            "password authentication failed",
+        ),
+        (
+            Task {
+                consumer: Some(wrong(&world.urls.1)),
+                ..consumer.clone()
+            },
+            "password authentication failed",
+        ),
+        (
+            Task {
+                amqp: amqp.clone(),
+                ..relay
+            },
+            "ACCESS_REFUSED",
+        ),
         (Task { amqp, ..consumer }, "ACCESS_REFUSED"),
     ];
     for (task, text) in cases {

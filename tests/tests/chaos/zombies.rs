@@ -24,7 +24,7 @@ async fn one_that_was_frozen_past_its_lease_settles_nothing(world: World) {
     freeze(&zombie, &world).await;
     let frozen_at = zombie.said().len();
     let mut heir = Node::start(NODE, &Task::both(&world));
-    let so_far = world.effects().await.len();
+    let so_far = world.count_effects().await;
     world.until_effects(so_far + 200).await;
     let ledger = writers.stop().await;
     until_all_applied(&world, &ledger).await;
@@ -35,8 +35,16 @@ async fn one_that_was_frozen_past_its_lease_settles_nothing(world: World) {
     zombie.says_after(frozen_at, "holds 0 of").await;
     // What it had under way may still be going on.
     tokio::time::sleep(Duration::from_secs(2)).await;
-    assert_eq!(self::cursors(&world).await, cursors, "the zombie moved a cursor");
-    assert_eq!(world.effects().await.len(), effects, "the zombie applied something");
+    assert_eq!(
+        self::cursors(&world).await,
+        cursors,
+        "the zombie moved a cursor"
+    );
+    assert_eq!(
+        world.effects().await.len(),
+        effects,
+        "the zombie applied something"
+    );
     assert!(heir.end().await, "{}", heir.said());
     assert!(zombie.end().await, "{}", zombie.said());
     assert_whole(&world, &ledger).await;

@@ -56,11 +56,20 @@ async fn a_database_that_is_away_burns_no_attempt(world: World) {
     });
     let way = world.start(&outbox, world.ticks(handler.clone())).await;
     world.commit(&outbox, &ticks()).await;
-    until("it was tried three times", async || handler.calls_of("first", 1).len() >= 3).await;
-    assert!(way.consumer.health().trouble.is_some(), "the trouble is told");
+    until("it was tried three times", async || {
+        handler.calls_of("first", 1).len() >= 3
+    })
+    .await;
+    assert!(
+        way.consumer.health().trouble.is_some(),
+        "the trouble is told"
+    );
     healed.store(true, Relaxed);
     world.until_effects(10).await;
-    until("the trouble is over", async || way.consumer.health().trouble.is_none()).await;
+    until("the trouble is over", async || {
+        way.consumer.health().trouble.is_none()
+    })
+    .await;
     way.stop().await;
     assert_nothing_burned(&world, &handler, 10).await;
 }
@@ -120,7 +129,8 @@ async fn sqlstates_that_are_nobodys_fault_burn_no_attempt(world: World) {
             let (Some(state), Connection::Postgres(c)) = (state, connection) else {
                 return Ok(());
             };
-            let sql = format!("DO $$ BEGIN RAISE EXCEPTION 'as told' USING ERRCODE = '{state}'; END $$");
+            let sql =
+                format!("DO $$ BEGIN RAISE EXCEPTION 'as told' USING ERRCODE = '{state}'; END $$");
             sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(c).await?;
             Ok(())
         })
@@ -147,7 +157,9 @@ async fn a_database_that_is_busy_burns_no_attempt(world: World) {
                 let options: SqliteConnectOptions = url.parse()?;
                 let options = options.busy_timeout(Duration::ZERO);
                 let mut second = SqliteConnection::connect_with(&options).await?;
-                sqlx::query("DELETE FROM effect").execute(&mut second).await?;
+                sqlx::query("DELETE FROM effect")
+                    .execute(&mut second)
+                    .await?;
             }
             Ok(())
         })

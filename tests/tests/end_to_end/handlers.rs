@@ -44,7 +44,11 @@ async fn one_that_fails_twice_is_called_again_after_1s_and_2s(world: World) {
         ..Retry::default()
     });
     let way = world.start(&outbox, consumer).await;
-    let ticks = [Tick::new("bad", 1), Tick::new("bad", 2), Tick::new("good", 1)];
+    let ticks = [
+        Tick::new("bad", 1),
+        Tick::new("bad", 2),
+        Tick::new("good", 1),
+    ];
     world.commit(&outbox, &ticks).await;
     world.until_effects(3).await;
     way.stop().await;
@@ -54,7 +58,12 @@ async fn one_that_fails_twice_is_called_again_after_1s_and_2s(world: World) {
     assert_eq!(attempts, [0, 1, 2]);
     assert!(calls[1].at - calls[0].at >= Duration::from_secs(1));
     assert!(calls[2].at - calls[1].at >= Duration::from_secs(2));
-    let keys: Vec<_> = world.effects().await.into_iter().map(|e| (e.key, e.n)).collect();
+    let keys: Vec<_> = world
+        .effects()
+        .await
+        .into_iter()
+        .map(|e| (e.key, e.n))
+        .collect();
     let expected = [("good", 1), ("bad", 1), ("bad", 2)];
     assert_eq!(keys, expected.map(|(key, n)| (key.to_owned(), n)));
     assert_eq!(deferred(&world.consumer).await, 0);
@@ -72,14 +81,19 @@ async fn one_that_always_fails_ends_as_a_dead_letter_after_1s_2s_4s(world: World
         ..Retry::default()
     });
     let way = world.start(&outbox, consumer).await;
-    world.commit(&outbox, &[Tick::new("bad", 1), Tick::new("bad", 2)]).await;
+    world
+        .commit(&outbox, &[Tick::new("bad", 1), Tick::new("bad", 2)])
+        .await;
     let begun = Instant::now();
     for n in 1..=20 {
         let ticks = ["a", "b", "c"].map(|key| Tick::new(key, n));
         world.commit(&outbox, &ticks).await;
     }
     world.until_effects(60).await;
-    assert!(begun.elapsed() < Duration::from_secs(6), "the neighbours waited");
+    assert!(
+        begun.elapsed() < Duration::from_secs(6),
+        "the neighbours waited"
+    );
     world.commit(&outbox, &[Tick::new("bad", 3)]).await;
     world.until_effects(62).await;
     until("the broker has its copy", async || {
@@ -109,13 +123,19 @@ async fn one_that_always_fails_ends_as_a_dead_letter_after_1s_2s_4s(world: World
 async fn assert_copy(world: &World, id: &str, reason: &str) {
     if let Some(memory) = &world.memory {
         let copies = memory.dead_lettered();
-        let found: Vec<_> = copies.iter().map(|m| (m.id.as_str(), m.attribute("pillarboxreason"))).collect();
+        let found: Vec<_> = copies
+            .iter()
+            .map(|m| (m.id.as_str(), m.attribute("pillarboxreason")))
+            .collect();
         assert_eq!(found, [(id, Some(reason))]);
     }
     if let Some(url) = &world.amqp_url {
         let client = Client::connect(url).await;
         let copies = client.drain(&format!("{}.dlq", world.queue())).await;
-        let found: Vec<_> = copies.iter().map(|c| (c.id.as_str(), c.attribute("pillarboxreason"))).collect();
+        let found: Vec<_> = copies
+            .iter()
+            .map(|c| (c.id.as_str(), c.attribute("pillarboxreason")))
+            .collect();
         assert_eq!(found, [(id, Some(reason))]);
     }
 }
@@ -130,12 +150,19 @@ async fn one_that_panics_has_failed(world: World) {
     let way = world.start(&outbox, consumer).await;
     let ticks = ["good", "bad", "other"].map(|key| Tick::new(key, 1));
     world.commit(&outbox, &ticks).await;
-    until("a dead letter", async || !dead_letters(&world.consumer).await.is_empty()).await;
+    until("a dead letter", async || {
+        !dead_letters(&world.consumer).await.is_empty()
+    })
+    .await;
     world.until_effects(2).await;
     way.stop().await;
     let dead = dead_letters(&world.consumer).await;
     assert_eq!(dead[0].attempts, 2);
-    assert!(dead[0].reason.contains("the handler panicked"), "{}", dead[0].reason);
+    assert!(
+        dead[0].reason.contains("the handler panicked"),
+        "{}",
+        dead[0].reason
+    );
     assert_eq!(world.effects().await.len(), 2);
 }
 
@@ -160,12 +187,19 @@ async fn one_that_takes_too_long_has_failed(world: World) {
     let ticks = ["a", "slow", "b"].map(|key| Tick::new(key, 1));
     world.commit(&outbox, &ticks).await;
     world.commit(&outbox, &[Tick::new("a", 2)]).await;
-    until("a dead letter", async || !dead_letters(&world.consumer).await.is_empty()).await;
+    until("a dead letter", async || {
+        !dead_letters(&world.consumer).await.is_empty()
+    })
+    .await;
     world.until_effects(3).await;
     way.stop().await;
     let dead = dead_letters(&world.consumer).await;
     assert_eq!((dead.len(), dead[0].attempts), (1, 2));
-    assert!(dead[0].reason.contains("the handler took longer than"), "{}", dead[0].reason);
+    assert!(
+        dead[0].reason.contains("the handler took longer than"),
+        "{}",
+        dead[0].reason
+    );
     let effects = world.effects().await;
     let numbers = numbers_by_key(effects.iter().map(|e| (e.key.as_str(), e.n)));
     assert_eq!(numbers["a"], [1, 2]);
@@ -193,8 +227,13 @@ async fn one_that_ends_the_transaction_itself_has_failed(world: World) {
     let way = world.start(&outbox, consumer).await;
     let ticks = ["a", "undoes", "b", "commits", "c"].map(|key| Tick::new(key, 1));
     world.commit(&outbox, &ticks).await;
-    world.commit(&outbox, &["a", "commits"].map(|key| Tick::new(key, 2))).await;
-    until("a dead letter", async || !dead_letters(&world.consumer).await.is_empty()).await;
+    world
+        .commit(&outbox, &["a", "commits"].map(|key| Tick::new(key, 2)))
+        .await;
+    until("a dead letter", async || {
+        !dead_letters(&world.consumer).await.is_empty()
+    })
+    .await;
     world.until_effects(6).await;
     way.stop().await;
     let dead = dead_letters(&world.consumer).await;
@@ -204,7 +243,10 @@ async fn one_that_ends_the_transaction_itself_has_failed(world: World) {
     let effects = world.effects().await;
     let numbers = numbers_by_key(effects.iter().map(|e| (e.key.as_str(), e.n)));
     assert_eq!(effects.len(), 6, "{numbers:?}");
-    assert_eq!((&numbers["a"][..], &numbers["commits"][..]), (&[1, 2][..], &[1, 2][..]));
+    assert_eq!(
+        (&numbers["a"][..], &numbers["commits"][..]),
+        (&[1, 2][..], &[1, 2][..])
+    );
 }
 
 async fn reject_skip_and_retry_in_do_as_they_say(world: World) {
@@ -218,20 +260,33 @@ async fn reject_skip_and_retry_in_do_as_they_say(world: World) {
     let consumer = world.ticks(handler.clone()).retry(retry(&[50]));
     let way = world.start(&outbox, consumer).await;
     let keys = ["reject", "skip", "later", "good"];
-    world.commit(&outbox, &keys.map(|key| Tick::new(key, 1))).await;
+    world
+        .commit(&outbox, &keys.map(|key| Tick::new(key, 1)))
+        .await;
     world.until_effects(2).await;
-    until("a dead letter", async || !dead_letters(&world.consumer).await.is_empty()).await;
+    until("a dead letter", async || {
+        !dead_letters(&world.consumer).await.is_empty()
+    })
+    .await;
     // Each comes again: nothing happens any more.
     way.stop().await;
     rewind(&world.producer).await;
     let consumer = world.ticks(handler.clone()).retry(retry(&[50]));
     let way = world.start(&outbox, consumer).await;
-    world.commit(&outbox, &["reject", "skip", "later", "good"].map(|key| Tick::new(key, 2))).await;
+    world
+        .commit(
+            &outbox,
+            &["reject", "skip", "later", "good"].map(|key| Tick::new(key, 2)),
+        )
+        .await;
     world.until_effects(4).await;
     way.stop().await;
 
     let dead = dead_letters(&world.consumer).await;
-    assert_eq!((dead[0].attempts, dead[0].reason.as_str()), (1, "not for me"));
+    assert_eq!(
+        (dead[0].attempts, dead[0].reason.as_str()),
+        (1, "not for me")
+    );
     let later = handler.calls_of("later", 1);
     assert_eq!(later.iter().map(|c| c.attempts).collect::<Vec<_>>(), [0, 1]);
     assert!(later[1].at - later[0].at >= Duration::from_millis(700));

@@ -18,25 +18,39 @@ async fn a_transaction_that_commits_late_is_delivered(world: World) {
         panic!("PostgreSQL");
     };
     let mut late = pool.begin().await.expect("begin");
-    outbox.enqueue(&mut late, &Tick::new("late", 1)).await.expect("enqueue");
+    outbox
+        .enqueue(&mut late, &Tick::new("late", 1))
+        .await
+        .expect("enqueue");
     // One more that is open when the first commits, so that neither is the oldest all the time; and one that goes back.
     let mut later = pool.begin().await.expect("begin");
     let mut undone = pool.begin().await.expect("begin");
-    outbox.enqueue(&mut undone, &Tick::new("undone", 1)).await.expect("enqueue");
+    outbox
+        .enqueue(&mut undone, &Tick::new("undone", 1))
+        .await
+        .expect("enqueue");
     let mut n = 0;
     let mut others = tokio::time::interval(Duration::from_millis(10));
     let opened = tokio::time::Instant::now();
     while opened.elapsed() < Duration::from_secs(5) {
         others.tick().await;
         n += 1;
-        world.commit(&outbox, &[Tick::new("a", n), Tick::new("b", n)]).await;
+        world
+            .commit(&outbox, &[Tick::new("a", n), Tick::new("b", n)])
+            .await;
         if n == 20 {
-            outbox.enqueue(&mut later, &Tick::new("later", 1)).await.expect("enqueue");
+            outbox
+                .enqueue(&mut later, &Tick::new("later", 1))
+                .await
+                .expect("enqueue");
         }
         if n % 10 == 0 {
             let nested = Tick::new("late", 1 + n / 10);
             let mut savepoint = sqlx::Acquire::begin(&mut *late).await.expect("savepoint");
-            outbox.enqueue(&mut savepoint, &nested).await.expect("enqueue");
+            outbox
+                .enqueue(&mut savepoint, &nested)
+                .await
+                .expect("enqueue");
             savepoint.commit().await.expect("release");
         }
     }
@@ -85,7 +99,11 @@ async fn a_strangers_long_transaction_stops_nobody(world: World) {
             "INSERT INTO stranger VALUES (1); SELECT count(*) FROM pillarbox.outbox"
         ),
         Some(Pool::Sqlite(pool)) => {
-            beside!(pool.begin(), Sqlite, "SELECT count(*) FROM pillarbox_outbox")
+            beside!(
+                pool.begin(),
+                Sqlite,
+                "SELECT count(*) FROM pillarbox_outbox"
+            )
         }
         None => {}
     }

@@ -89,7 +89,10 @@ async fn a_stop_drains_and_hands_over_at_once(world: World) {
         let enough = (300 * round + 1) as usize;
         world.until_effects(enough).await;
         way.stop().await;
-        assert!(begun.elapsed() < Duration::from_secs(20), "round {round} waited");
+        assert!(
+            begun.elapsed() < Duration::from_secs(20),
+            "round {round} waited"
+        );
     }
     let last = way(&outbox).await;
     world.until_effects(1_500).await;
@@ -100,7 +103,11 @@ async fn a_stop_drains_and_hands_over_at_once(world: World) {
         let arrived = client.drain("tap").await;
         let log = pillarbox_tests::tables::log(&world.producer).await;
         assert_eq!(log.len(), 1_500);
-        assert_eq!(arrived.len(), 1_500, "a drained relay's events were sent again");
+        assert_eq!(
+            arrived.len(),
+            1_500,
+            "a drained relay's events were sent again"
+        );
     }
 }
 

@@ -30,9 +30,15 @@ async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World)
     // As a JSON Schema would.
     let check = |m: &Message| {
         let zero = m.payload.as_deref() == Some(br#"{"key":"zero","n":0}"#);
-        if zero { Err("n: 0 is less than the minimum of 1".to_owned()) } else { Ok(()) }
+        if zero {
+            Err("n: 0 is less than the minimum of 1".to_owned())
+        } else {
+            Ok(())
+        }
     };
-    let way = world.start(&outbox, world.ticks(handler.clone()).check(check)).await;
+    let way = world
+        .start(&outbox, world.ticks(handler.clone()).check(check))
+        .await;
     let not_as_expected = "test.tick: the payload is not as expected:";
     let cases = [
         (
@@ -45,7 +51,9 @@ async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World)
         ),
         (
             tick("wrong", Some(r#"{"key":"wrong","n":-1}"#)),
-            format!("{not_as_expected} invalid value: integer `-1`, expected u32 at line 1 column 21"),
+            format!(
+                "{not_as_expected} invalid value: integer `-1`, expected u32 at line 1 column 21"
+            ),
         ),
         (
             tick("zero", Some(r#"{"key":"zero","n":0}"#)),
@@ -59,12 +67,19 @@ async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World)
             tick("odd", Some(r#"{"key":"odd","n":1}"#)).with_attribute("dataversion", "x"),
             "unknown version \"x\" of test.tick; this consumer knows 1".to_owned(),
         ),
-        (tick("gone", None), "test.tick: the payload is missing".to_owned()),
+        (
+            tick("gone", None),
+            "test.tick: the payload is missing".to_owned(),
+        ),
     ];
     let keys: Vec<String> = cases.iter().filter_map(|(m, _)| m.key.clone()).collect();
     // The bad ones come twice: they are dead once.
-    world.inject(cases.iter().map(|(m, _)| m.clone()).collect()).await;
-    world.inject(cases.iter().map(|(m, _)| m.clone()).collect()).await;
+    world
+        .inject(cases.iter().map(|(m, _)| m.clone()).collect())
+        .await;
+    world
+        .inject(cases.iter().map(|(m, _)| m.clone()).collect())
+        .await;
     let good: Vec<Tick> = keys.iter().map(|key| Tick::new(key.as_str(), 2)).collect();
     world.commit(&outbox, &good).await;
     world.until_effects(keys.len()).await;
@@ -81,7 +96,11 @@ async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World)
         assert_eq!(dead.attempts, 1);
     }
     assert_eq!(deferred(&world.consumer).await, 0);
-    assert_eq!(handler.calls().len(), keys.len(), "no handler saw a bad one");
+    assert_eq!(
+        handler.calls().len(),
+        keys.len(),
+        "no handler saw a bad one"
+    );
 }
 
 async fn messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reason(world: World) {
@@ -99,7 +118,10 @@ async fn messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reaso
     let kind = ("cloudEvents_type", "test.tick");
     let id = "no id: neither an attribute id nor the property message_id";
     let cases = [
-        (with(&[version, kind]), format!("{id}; the attribute id is missing")),
+        (
+            with(&[version, kind]),
+            format!("{id}; the attribute id is missing"),
+        ),
         (
             BasicProperties::default(),
             format!("{id}; no CloudEvents envelope: the attribute specversion is missing"),
@@ -109,7 +131,11 @@ async fn messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reaso
             "no CloudEvents envelope: the attribute specversion is missing".to_owned(),
         ),
         (
-            with(&[("cloudEvents_specversion", "0.3"), kind, ("cloudEvents_id", "old")]),
+            with(&[
+                ("cloudEvents_specversion", "0.3"),
+                kind,
+                ("cloudEvents_id", "old"),
+            ]),
             "specversion \"0.3\"; this reader knows \"1.0\"".to_owned(),
         ),
         (
@@ -117,13 +143,20 @@ async fn messages_without_a_trustworthy_envelope_are_dead_letters_with_the_reaso
             "the attribute type is missing".to_owned(),
         ),
         (
-            with(&[version, kind, ("cloudEvents_id", "when"), ("cloudEvents_time", "noon")]),
+            with(&[
+                version,
+                kind,
+                ("cloudEvents_id", "when"),
+                ("cloudEvents_time", "noon"),
+            ]),
             "the attribute time \"noon\" is not RFC 3339".to_owned(),
         ),
     ];
     for (properties, _) in &cases {
         let body = br#"{"key":"x","n":1}"#;
-        client.publish_raw(TOPIC, "test.tick", properties.clone(), body).await;
+        client
+            .publish_raw(TOPIC, "test.tick", properties.clone(), body)
+            .await;
     }
     world.commit(&outbox, &[Tick::new("x", 2)]).await;
     world.until_effects(1).await;
@@ -151,5 +184,9 @@ async fn a_type_without_handler_is_skipped_and_counted(world: World) {
     assert_eq!(counts::consumed(&world.group, "applied"), 1);
     assert_eq!(dead_letters(&world.consumer).await, []);
     let client = Client::connect(world.amqp_url.as_deref().expect("a broker")).await;
-    assert_eq!(client.depth(&world.queue()).await, 0, "they were acknowledged");
+    assert_eq!(
+        client.depth(&world.queue()).await,
+        0,
+        "they were acknowledged"
+    );
 }

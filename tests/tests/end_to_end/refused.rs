@@ -28,20 +28,80 @@ async fn rows_that_a_plain_insert_made_wrong_are_dead_letters_and_the_relay_goes
     let outbox = world.outbox();
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;
     let (blob, bytes, no_json) = if tables::is_postgres(&world.producer) {
-        ("convert_to(repeat('x', 983041), 'UTF8')", "convert_to('{}', 'UTF8')", "'[]'")
+        (
+            "convert_to(repeat('x', 983041), 'UTF8')",
+            "convert_to('{}', 'UTF8')",
+            "'[]'",
+        )
     } else {
         ("zeroblob(983041)", "CAST('{}' AS BLOB)", "'not JSON'")
     };
     // (topic, type, key, payload, headers, attributes), and what the reason names.
     let rows = [
         ("'bad topic'", "'t'", "'k1'", bytes, "NULL", "NULL", "topic"),
-        ("'test.events'", "'bad type'", "'k2'", bytes, "NULL", "NULL", "type"),
-        ("'test.events'", "'test.tick'", "'k' || chr(10)", bytes, "NULL", "NULL", "key"),
-        ("'test.events'", "'test.tick'", "'k3'", blob, "NULL", "NULL", "983041 bytes"),
-        ("'test.events'", "'test.tick'", "'k4'", bytes, no_json, "NULL", "headers"),
-        ("'test.events'", "'test.tick'", "'k5'", bytes, "'{\"CC\":\"x\"}'", "NULL", "reserved"),
-        ("'test.events'", "'test.tick'", "'k6'", bytes, "'{\"a\":[1]}'", "NULL", "headers"),
-        ("'test.events'", "'test.tick'", "'k7'", bytes, "NULL", "'{\"Bad\":\"1\"}'", "Bad"),
+        (
+            "'test.events'",
+            "'bad type'",
+            "'k2'",
+            bytes,
+            "NULL",
+            "NULL",
+            "type",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k' || chr(10)",
+            bytes,
+            "NULL",
+            "NULL",
+            "key",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k3'",
+            blob,
+            "NULL",
+            "NULL",
+            "983041 bytes",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k4'",
+            bytes,
+            no_json,
+            "NULL",
+            "headers",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k5'",
+            bytes,
+            "'{\"CC\":\"x\"}'",
+            "NULL",
+            "reserved",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k6'",
+            bytes,
+            "'{\"a\":[1]}'",
+            "NULL",
+            "headers",
+        ),
+        (
+            "'test.events'",
+            "'test.tick'",
+            "'k7'",
+            bytes,
+            "NULL",
+            "'{\"Bad\":\"1\"}'",
+            "Bad",
+        ),
     ];
     for (topic, kind, key, payload, headers, attributes, _) in rows {
         let mut sql = format!(
@@ -87,7 +147,11 @@ async fn ten_unroutable_events_in_a_window_of_1000_are_blamed_and_no_other(world
     let consumer = world.ticks(TickHandler::new());
     let messages: Vec<_> = (0..1_000)
         .map(|i| {
-            let kind = if i % 100 == 37 { "test.nowhere" } else { "test.tick" };
+            let kind = if i % 100 == 37 {
+                "test.nowhere"
+            } else {
+                "test.tick"
+            };
             Tick::new(format!("key-{:02}", i % 50), i).message(kind)
         })
         .collect();
@@ -101,7 +165,10 @@ async fn ten_unroutable_events_in_a_window_of_1000_are_blamed_and_no_other(world
     let relay = world.relay(&outbox).retry(retry(&[100, 200]));
     let way = world.start_with(relay, consumer).await;
     world.until_effects(990).await;
-    until("ten dead letters", async || dead_letters(&world.producer).await.len() >= 10).await;
+    until("ten dead letters", async || {
+        dead_letters(&world.producer).await.len() >= 10
+    })
+    .await;
     way.stop().await;
 
     let mut dead = dead_letters(&world.producer).await;
@@ -122,8 +189,13 @@ async fn ten_unroutable_events_in_a_window_of_1000_are_blamed_and_no_other(world
 
 async fn a_type_that_needs_no_consumer_counts_as_sent(world: World) {
     let outbox = world.outbox();
-    let relay = world.relay(&outbox).retry(retry(&[])).accept_unrouted(["test.nowhere"]);
-    let way = world.start_with(relay, world.ticks(TickHandler::new())).await;
+    let relay = world
+        .relay(&outbox)
+        .retry(retry(&[]))
+        .accept_unrouted(["test.nowhere"]);
+    let way = world
+        .start_with(relay, world.ticks(TickHandler::new()))
+        .await;
     let messages = (1..=5).map(|n| Tick::new("a", n).message("test.nowhere"));
     world.commit_messages(&outbox, messages.collect()).await;
     world.commit(&outbox, &[Tick::new("a", 6)]).await;
@@ -146,7 +218,12 @@ fn distinct(arrived: &[Arrived]) -> usize {
 fn assert_all_in_order(arrived: &[Arrived], keys: usize, each: u32) {
     let mut seen = HashSet::new();
     let first = arrived.iter().filter(|a| seen.insert(a.id.as_str()));
-    let pairs = first.map(|a| (a.key.as_deref().unwrap_or_default(), a.n.unwrap_or_default()));
+    let pairs = first.map(|a| {
+        (
+            a.key.as_deref().unwrap_or_default(),
+            a.n.unwrap_or_default(),
+        )
+    });
     let numbers = numbers_by_key(pairs);
     assert_eq!(numbers.len(), keys);
     for (key, numbers) in numbers {
@@ -165,7 +242,9 @@ async fn a_full_queue_costs_nothing_but_time(world: World) {
     let outbox = world.outbox();
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;
     for n in 1..=30 {
-        let ticks: Vec<Tick> = (0..10).map(|key| Tick::new(format!("key-{key}"), n)).collect();
+        let ticks: Vec<Tick> = (0..10)
+            .map(|key| Tick::new(format!("key-{key}"), n))
+            .collect();
         world.commit(&outbox, &ticks).await;
     }
     until("the queue is full and told", async || {
@@ -174,7 +253,10 @@ async fn a_full_queue_costs_nothing_but_time(world: World) {
     .await;
     // Each topic that is refused waits up to two seconds: several rounds of nacks.
     let waited = tokio::time::Instant::now();
-    until("it was refused for a while", async || waited.elapsed() > Duration::from_secs(2)).await;
+    until("it was refused for a while", async || {
+        waited.elapsed() > Duration::from_secs(2)
+    })
+    .await;
     assert_uncounted(&world).await;
     let mut arrived = Vec::new();
     until("all went through", async || {
@@ -183,7 +265,10 @@ async fn a_full_queue_costs_nothing_but_time(world: World) {
     })
     .await;
     world.until_effects(300).await;
-    until("the trouble is over", async || way.relay.health().trouble.is_none()).await;
+    until("the trouble is over", async || {
+        way.relay.health().trouble.is_none()
+    })
+    .await;
     way.stop().await;
     assert_all_in_order(&arrived, 10, 30);
     assert_uncounted(&world).await;
@@ -201,14 +286,22 @@ async fn a_missing_exchange_costs_nothing_but_time(world: World) {
     let outbox = world.outbox();
     let relay = world.relay(&outbox).spawn();
     for n in 1..=10 {
-        let ticks: Vec<Tick> = (0..5).map(|key| Tick::new(format!("key-{key}"), n)).collect();
+        let ticks: Vec<Tick> = (0..5)
+            .map(|key| Tick::new(format!("key-{key}"), n))
+            .collect();
         world.commit(&outbox, &ticks).await;
     }
-    until("the trouble is told", async || relay.health().trouble.is_some()).await;
+    until("the trouble is told", async || {
+        relay.health().trouble.is_some()
+    })
+    .await;
     let trouble = relay.health().trouble.unwrap_or_default();
     assert!(trouble.contains("test.events"), "{trouble}");
     let waited = tokio::time::Instant::now();
-    until("it was missing for a while", async || waited.elapsed() > Duration::from_secs(2)).await;
+    until("it was missing for a while", async || {
+        waited.elapsed() > Duration::from_secs(2)
+    })
+    .await;
     assert_uncounted(&world).await;
     let client = Client::connect(&url).await;
     client.tap().await;
@@ -231,16 +324,24 @@ async fn a_group_that_does_not_read_costs_nothing_but_time(world: World) {
     consumer.bind().await.expect("bind");
     let relay = world.relay(&outbox).spawn();
     for n in 1..=30 {
-        let ticks: Vec<Tick> = (0..10).map(|key| Tick::new(format!("key-{key}"), n)).collect();
+        let ticks: Vec<Tick> = (0..10)
+            .map(|key| Tick::new(format!("key-{key}"), n))
+            .collect();
         world.commit(&outbox, &ticks).await;
     }
-    until("the trouble is told", async || relay.health().trouble.is_some()).await;
+    until("the trouble is told", async || {
+        relay.health().trouble.is_some()
+    })
+    .await;
     let trouble = relay.health().trouble.unwrap_or_default();
     assert!(trouble.contains(&world.group), "{trouble}");
     assert_uncounted(&world).await;
     let consumer = consumer.spawn();
     world.until_effects(300).await;
-    until("the trouble is over", async || relay.health().trouble.is_none()).await;
+    until("the trouble is over", async || {
+        relay.health().trouble.is_none()
+    })
+    .await;
     relay.shutdown().await.expect("relay");
     consumer.shutdown().await.expect("consumer");
     let effects = world.effects().await;

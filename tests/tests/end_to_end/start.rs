@@ -22,7 +22,10 @@ impl Away {
         if let Some(path) = url.strip_prefix("sqlite://") {
             let folder = Path::new(path).parent().expect("a folder");
             let name = Path::new(path).file_stem().expect("a name");
-            let (from, to) = (folder.join("away").join(name), folder.join("back").join(name));
+            let (from, to) = (
+                folder.join("away").join(name),
+                folder.join("back").join(name),
+            );
             std::fs::create_dir_all(&from).expect("a folder");
             let url = format!("sqlite://{}", to.join("database").display());
             let away = from.join("database");
@@ -97,7 +100,10 @@ async fn a_broker_that_is_away_at_the_start_is_waited_for(mut world: World) {
     for health in [relay.health(), consumer.health()] {
         let trouble = health.trouble.unwrap_or_default();
         assert!(trouble.contains("broker"), "{trouble}");
-        assert!(trouble.contains(&proxy.addr().to_string()), "which one: {trouble}");
+        assert!(
+            trouble.contains(&proxy.addr().to_string()),
+            "which one: {trouble}"
+        );
     }
     proxy.refuse(false);
     world.until_effects(20).await;
@@ -107,6 +113,9 @@ async fn a_broker_that_is_away_at_the_start_is_waited_for(mut world: World) {
     .await;
     relay.shutdown().await.expect("relay");
     consumer.shutdown().await.expect("consumer");
-    assert_eq!(pillarbox_tests::tables::dead_letters(&world.producer).await, []);
+    assert_eq!(
+        pillarbox_tests::tables::dead_letters(&world.producer).await,
+        []
+    );
     assert_eq!(world.effects().await.len(), 20);
 }

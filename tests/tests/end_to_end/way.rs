@@ -98,7 +98,11 @@ async fn assert_envelope(world: &World, a: &Arrived) {
     );
     let row = tables::query(&world.producer, &sql).await.remove(0);
     assert_eq!(a.body, row[1].as_deref().expect("a payload").as_bytes());
-    assert_eq!(row[2].as_deref(), Some("true"), "the time of the commit's row");
+    assert_eq!(
+        row[2].as_deref(),
+        Some("true"),
+        "the time of the commit's row"
+    );
     let key = a.key.as_deref();
     let expected = [
         ("specversion", Some("1.0")),

@@ -63,12 +63,7 @@ impl Session<'_> {
     }
 
     /// `tried`: it came to the insert.
-    pub(super) fn deferred(
-        &mut self,
-        seqs: &[Seq],
-        tried: bool,
-        result: Result<()>,
-    ) -> Result<()> {
+    pub(super) fn deferred(&mut self, seqs: &[Seq], tried: bool, result: Result<()>) -> Result<()> {
         self.deferring = false;
         let now = Instant::now();
         if let Err(e) = result {

@@ -34,10 +34,10 @@ impl Session<'_> {
         let event = match head {
             Ok(Some(event)) => event,
             Ok(None) => {
-                if self.lines.empty(&name, now) {
-                    if let Some(key) = name.key() {
-                        self.window.unblock(key);
-                    }
+                if self.lines.empty(&name, now)
+                    && let Some(key) = name.key()
+                {
+                    self.window.unblock(key);
                 }
                 return Ok(());
             }

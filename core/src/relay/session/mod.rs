@@ -116,13 +116,12 @@ pub(super) async fn run(
         () = keeper.lost().cancelled() => false,
         result = session.work(stop) => result?,
     };
-    if drained {
-        if let Some(progress) = session.unsettled.take() {
-            session
-                .store
-                .settle(&session.lease, &progress, core.settings.lease, true)
-                .await?;
-        }
+    if drained && let Some(progress) = session.unsettled.take() {
+        let term = core.settings.lease;
+        session
+            .store
+            .settle(&session.lease, &progress, term, true)
+            .await?;
     }
     Ok(())
 }

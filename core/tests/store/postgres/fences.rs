@@ -9,8 +9,13 @@ use pillarbox_core::{
 
 use super::{Db, run};
 use crate::suite::{
-    Bench, GROUP, acquire, deferral, group, letter, line_id, lost, message, pump, relay, term,
+    Bench, GROUP, acquire, deferral, group, impostor, letter, line_id, lost, message, pump, relay,
+    term,
 };
+
+fn gate(at: &str) -> Gate {
+    Gate(at.to_owned())
+}
 
 /// Everything that a lease fences, with a lease that its row still names.
 async fn every_fence_refuses(database: &Database, relay: &Lease, group: &Lease) {
@@ -19,10 +24,7 @@ async fn every_fence_refuses(database: &Database, relay: &Lease, group: &Lease) 
     lost(store.renew(relay, term()).await);
     lost(store.settle(relay, &progress, term(), false).await);
     lost(store.settle(relay, &progress, term(), true).await);
-    // A gate that was passed long ago, and one that never will be.
-    for gate in ["0/1", "FFFFFFFF/0"] {
-        lost(store.flush(relay, &Gate(gate.to_owned())).await);
-    }
+    lost(store.flush(relay, &gate("FFFFFFFF/0")).await);
     lost(store.defer(relay, &[deferral(&message(None))]).await);
     lost(store.bury(relay, &[letter(&message(None))]).await);
     lost(store.lines(relay, 1).await);
@@ -43,6 +45,8 @@ async fn without_its_token_a_lease_is_void() {
     // As a crash leaves it.
     db.execute("TRUNCATE pillarbox.token").await;
     every_fence_refuses(&database, &relay, &group).await;
+    // A gate that was passed long ago: by another log.
+    lost(store.flush(&relay, &gate("0/1")).await);
     // Its owner may give it back and take it anew at once.
     for lease in [relay, group] {
         store.release(&lease).await.unwrap();
@@ -50,6 +54,36 @@ async fn without_its_token_a_lease_is_void() {
         assert_eq!(again.epoch, lease.epoch + 1);
         store.renew(&again, term()).await.unwrap();
     }
+}
+
+/// Owner and epoch fence each by itself, whatever the token says. After a failover that lost an acquisition one epoch has two
+/// owners.
+#[tokio::test]
+async fn owner_and_epoch_fence_alone() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let relay = acquire(&**store, &relay()).await.lease;
+    let group = acquire(&**store, &group()).await.lease;
+    let [other, next] = [impostor, |lease: &Lease| Lease {
+        epoch: lease.epoch + 1,
+        ..lease.clone()
+    }];
+    for lease in [other(&relay), other(&group)] {
+        db.execute(&format!(
+            "INSERT INTO pillarbox.token VALUES ('{}', 'pillarbox.token'::regclass, 'forged')",
+            lease.owner
+        ))
+        .await;
+        if lease.key == relay.key {
+            every_fence_refuses(&database, &lease, &next(&group)).await;
+        } else {
+            every_fence_refuses(&database, &next(&relay), &lease).await;
+        }
+    }
+    store.renew(&relay, term()).await.unwrap();
+    store.renew(&group, term()).await.unwrap();
 }
 
 /// A dump keeps unlogged rows; in the restored table they mean nothing.

@@ -150,6 +150,26 @@ async fn an_exhausted_slice_is_left_behind() {
     assert_eq!(names(&**store, exhausted, 10).await.0, ["c"]);
 }
 
+/// base may be too low (after the log is anchored anew it is 0): what is visible in seen is settled all the same.
+#[tokio::test]
+async fn a_base_that_is_too_low_repeats_nothing() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let (mut late, mut other) = (db.raw().await, db.raw().await);
+    write(&mut other, "a").await;
+    run(&mut late, "BEGIN").await;
+    write(&mut late, "late").await;
+    write(&mut other, "b").await;
+    let (_, end) = names(&**store, start(&**store).await, 10).await;
+    let low = Progress { base: 0, ..end };
+    assert!(names(&**store, low.clone(), 10).await.0.is_empty());
+    write(&mut other, "c").await;
+    run(&mut late, "COMMIT").await;
+    assert_eq!(names(&**store, low, 1).await.0, ["late", "c"]);
+}
+
 /// Rows are read while those before them stay below 32 MiB, however many are asked for.
 #[tokio::test]
 async fn a_read_is_bounded_in_bytes() {

@@ -49,6 +49,11 @@ impl Stock {
             }
         };
         tx.commit(&outbox).await?;
+        let outcome = match &answer {
+            Ok(_) => "reserved",
+            Err(refused) => refused.reason.as_str(),
+        };
+        metrics::counter!("inventory_reservations_total", "outcome" => outcome).increment(1);
         Ok(answer)
     }
 

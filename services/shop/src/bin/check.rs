@@ -31,7 +31,8 @@ struct Options {
     /// The stock there was at first: lines of product_id,quantity,…
     #[arg(long)]
     products: Option<std::path::PathBuf>,
-    /// A time without the shop, in milliseconds since 1970: FROM..TO. Events of that time are left out of one latency.
+    /// A time without the shop, in milliseconds since 1970: FROM..TO. One line of latencies leaves out the events of that
+    /// time, and of the time after it until everything is applied that had piled up.
     #[arg(long = "restart", value_parser = interval)]
     restarts: Vec<(i64, i64)>,
     /// Look again for so many seconds until everything is applied.
@@ -340,10 +341,13 @@ impl Facts {
         )?;
         latency(out, "all", &all)?;
         if !options.restarts.is_empty() {
-            let calm = |&(from, to): &(i64, i64)| {
-                let touches = |&(a, b): &(i64, i64)| from <= b * 1_000 && to >= a * 1_000;
-                !options.restarts.iter().any(touches)
-            };
+            let restarts: Vec<_> = options
+                .restarts
+                .iter()
+                .map(|r| caught_up(*r, &all))
+                .collect();
+            let calm =
+                |event: &(i64, i64)| !restarts.iter().any(|r| r.0 <= event.1 && r.1 >= event.0);
             let calm: Vec<_> = all.iter().copied().filter(calm).collect();
             latency(out, "without restarts", &calm)?;
         }
@@ -440,6 +444,16 @@ impl Flow {
             self.duplicated.len()
         )
     }
+}
+
+/// A restart, in microseconds, with the time until everything was applied that had been committed by its end.
+fn caught_up((from, to): (i64, i64), events: &[(i64, i64)]) -> (i64, i64) {
+    let (from, to) = (from * 1_000, to * 1_000);
+    let waiting = events.iter().filter(|(committed, _)| *committed <= to);
+    (
+        from,
+        waiting.map(|(_, applied)| *applied).fold(to, i64::max),
+    )
 }
 
 fn latency(out: &mut impl std::io::Write, name: &str, times: &[(i64, i64)]) -> std::io::Result<()> {

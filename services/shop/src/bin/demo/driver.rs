@@ -18,7 +18,7 @@ use serde_json::json;
 use tokio::{
     sync::{Mutex, mpsc, watch},
     task::JoinSet,
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 use uuid::Uuid;
 
@@ -26,6 +26,8 @@ use crate::{Result, progress::Progress};
 
 /// Orders that are being placed at a time.
 const PLACING: usize = 16;
+/// One order each: a shop with many customers, not one that is stormed.
+const PACE: Duration = Duration::from_millis(10);
 /// Orders that are being waited for, to be confirmed or cancelled.
 const FOLLOWING: usize = 48;
 /// A request's time-out: longer than the shop's own.
@@ -133,9 +135,13 @@ impl Driver {
         let orders = Arc::new(Mutex::new(orders.into_iter().enumerate()));
         let (followed, to_follow) = mpsc::unbounded_channel();
         let to_follow = Arc::new(Mutex::new(to_follow));
+        let mut pace = tokio::time::interval(PACE);
+        pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let pace = Arc::new(Mutex::new(pace));
         let mut tasks = JoinSet::<Result<()>>::new();
         for _ in 0..PLACING {
             let (driver, orders, followed) = (self.clone(), orders.clone(), followed.clone());
+            let pace = pace.clone();
             tasks.spawn(async move {
                 let mut open = driver.open.subscribe();
                 loop {
@@ -143,6 +149,7 @@ impl Driver {
                         return Ok(());
                     };
                     open.wait_for(|open| number < *open).await?;
+                    pace.lock().await.tick().await;
                     let id = driver.place(&order.new).await?;
                     if order.then != Then::Keep {
                         followed.send((id, order.then))?;

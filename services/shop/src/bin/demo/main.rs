@@ -78,6 +78,7 @@ async fn play(options: &Options) -> Result<ExitCode> {
         "the shop runs; {count} orders over HTTP, two kills on the way"
     ));
 
+    progress.begin();
     let driving = tokio::spawn({
         let driver = driver.clone();
         async move { driver.run(orders).await }

@@ -38,6 +38,11 @@ impl Progress {
         }
     }
 
+    /// Counts the time from now.
+    pub(crate) fn begin(&self) {
+        self.bar.reset_elapsed();
+    }
+
     /// One more.
     pub(crate) fn advance(&self) {
         let mut now = 0;
