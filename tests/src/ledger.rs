@@ -86,9 +86,14 @@ impl Writers {
         all
     }
 
+    /// Tells them to stop after the transaction under way.
+    pub fn halt(&self) {
+        self.stop.store(true, Relaxed);
+    }
+
     /// Stops them where they are.
     pub async fn stop(self) -> Ledger {
-        self.stop.store(true, Relaxed);
+        self.halt();
         self.done().await
     }
 }

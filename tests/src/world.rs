@@ -331,6 +331,7 @@ pub fn connect(url: &str) -> Database {
     if !url.starts_with("sqlite:") {
         let pool: PgPool = PgPoolOptions::new()
             .max_connections(10)
+            .acquire_timeout(Duration::from_secs(5))
             .connect_lazy(url)
             .expect("a PostgreSQL address");
         return Database::from(&pool);

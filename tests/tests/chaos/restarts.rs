@@ -153,8 +153,9 @@ async fn what_a_crashed_database_lost_was_not_sent() {
         let so_far = world.count_effects().await;
         world.until_effects(so_far + 150).await;
         postgres.stop(Shutdown::Immediate).await.expect("stopped");
-        let ledger = writers.stop().await;
+        writers.halt();
         postgres.start_again().await.expect("started");
+        let ledger = writers.done().await;
         let log = tables::log(&world.producer).await;
         let kept: HashSet<&str> = log.iter().map(|e| e.id.as_str()).collect();
         lost += ledger
