@@ -150,7 +150,7 @@ impl Live {
     }
 
     pub(crate) fn is_up(&self) -> bool {
-        self.connection.status().connected()
+        self.connection.status().connected() && !self.cut.is_cut()
     }
 
     /// `host:port/vhost`.
@@ -386,6 +386,11 @@ impl Cut {
         }
         *wire = Wire::Open(socket);
         Ok(())
+    }
+
+    fn is_cut(&self) -> bool {
+        let wire = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(*wire, Wire::Cut)
     }
 
     fn cut(&self) {
