@@ -45,7 +45,7 @@ use pillarbox_transport::{
 
 pub use config::{Config, Queue, QueueType, Tls};
 
-use connection::{Connections, Role};
+use connection::{Connections, Live, Role};
 use publisher::{Plan, Session, Target};
 use subscription::Reader;
 use topology::Topology;
@@ -113,20 +113,36 @@ impl Amqp {
     async fn session(&self, target: Target) -> Result<Box<dyn Publisher>> {
         let Inner {
             config,
-            connections,
             topology,
             max_payload,
+            ..
         } = &*self.0;
-        let live = connections.live(Role::Publishing).await?;
-        let plan = Plan {
-            live,
-            topology: Arc::clone(topology),
-            target,
-            channels: config.channels,
-            confirm_timeout: config.confirm_timeout,
-            max_payload: Arc::clone(max_payload),
+        let open = |live| {
+            Session::open(Plan {
+                live,
+                topology: Arc::clone(topology),
+                target: target.clone(),
+                channels: config.channels,
+                confirm_timeout: config.confirm_timeout,
+                max_payload: Arc::clone(max_payload),
+            })
         };
-        Ok(Box::new(Session::open(plan).await?))
+        Ok(Box::new(self.with(Role::Publishing, open).await?))
+    }
+
+    /// Does `work` on a connection, and again on another one when the first turns out to be lost: one that stands idle
+    /// shows that only when it is used.
+    async fn with<T, F>(&self, role: Role, work: impl Fn(Arc<Live>) -> F) -> Result<T>
+    where
+        F: Future<Output = Result<T>>,
+    {
+        let live = self.0.connections.live(role).await?;
+        match work(Arc::clone(&live)).await {
+            Err(e) if e.kind() == Kind::Unreachable && !live.is_up() => {
+                work(self.0.connections.live(role).await?).await
+            }
+            done => done,
+        }
     }
 }
 
@@ -150,11 +166,14 @@ impl Transport for Amqp {
     /// tell a queue from one that was made anew under the same name.
     async fn bind(&self, binding: &Binding) -> Result<Vec<Source>> {
         let spec = self.0.topology.bind(binding)?;
-        let live = self.0.connections.live(Role::Consuming).await?;
-        self.0.topology.declare(&live).await?;
+        let declare = async |live: Arc<Live>| {
+            self.0.topology.declare(&live).await?;
+            Ok(live.cluster().to_owned())
+        };
+        let cluster = self.with(Role::Consuming, declare).await?;
         Ok(vec![Source {
             transport: KIND,
-            cluster: live.cluster().to_owned(),
+            cluster,
             topic: binding.topic.clone(),
             identity: spec.name.clone(),
             name: spec.name,
@@ -177,11 +196,12 @@ impl Transport for Amqp {
             );
             return Err(Error::new(Kind::Configuration, "subscribe", text));
         }
-        let live = self.0.connections.live(Role::Consuming).await?;
-        self.0.topology.declare(&live).await?;
         let limit = self.0.config.connect_timeout;
-        let reader = Reader::open(live, &source.topic, &spec.name, spec.prefetch, limit);
-        Ok(Box::new(reader.await?))
+        let open = async |live: Arc<Live>| {
+            self.0.topology.declare(&live).await?;
+            Reader::open(live, &source.topic, &spec.name, spec.prefetch, limit).await
+        };
+        Ok(Box::new(self.with(Role::Consuming, open).await?))
     }
 
     async fn dead_letters(&self, topic: &str, group: &str) -> Result<Box<dyn Publisher>> {
