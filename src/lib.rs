@@ -61,9 +61,10 @@ use transport::{Transport, memory::Memory};
 #[cfg(test)]
 mod tests;
 
-/// The words for `[transport] kind`. Those of later versions too: a file may speak of them already, as long as it selects
-/// another.
-const KINDS: [&str; 4] = ["memory", "amqp", "kafka", "nats"];
+/// The words for `[transport] kind`.
+const KINDS: [&str; 2] = ["memory", "amqp"];
+/// Those of later versions.
+const LATER: [&str; 2] = ["kafka", "nats"];
 
 /// Makes the transport that the settings select. Connects to nothing yet: a program starts without its broker, and the
 /// relay waits for it.
@@ -82,13 +83,12 @@ const KINDS: [&str; 4] = ["memory", "amqp", "kafka", "nats"];
 /// # Ok(()) }
 /// ```
 pub async fn connect(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
-    match settings.kind(&KINDS)? {
-        "memory" => {
+    match settings.kind(&KINDS, &LATER)? {
+        "amqp" => amqp(settings),
+        _ => {
             settings.no_table("memory")?;
             Ok(Arc::new(Memory::new()))
         }
-        "amqp" => amqp(settings),
-        _ => Err(settings.refuse("kind", "this version has only \"memory\" and \"amqp\"")),
     }
 }
 

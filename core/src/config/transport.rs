@@ -61,8 +61,9 @@ impl TransportSettings {
     ///
     /// # Errors
     /// [`Kind::Configuration`](crate::Kind::Configuration): none is given, or none of `known`; the text names the nearest.
-    /// So does one for a table that belongs to none of `known`.
-    pub fn kind(&self, known: &[&str]) -> Result<&str> {
+    /// So does one for a table that belongs to none of `known`, nor of `later`: kinds of other versions, of which a file may
+    /// speak but which it may not select.
+    pub fn kind(&self, known: &[&str], later: &[&str]) -> Result<&str> {
         let quoted: Vec<_> = known.iter().map(|k| format!("{k:?}")).collect();
         let known_list = list(&quoted.iter().map(String::as_str).collect::<Vec<_>>());
         let Some(kind) = &self.kind else {
@@ -77,13 +78,18 @@ impl TransportSettings {
             let hint = hint
                 .map(|n| format!(" (did you mean {n:?}?)"))
                 .unwrap_or_default();
+            let here = match later.contains(&kind.as_str()) {
+                true => ", which this version does not have",
+                false => "",
+            };
             return Err(self.scope.wrong(
                 &["transport", "kind"],
-                format_args!("{kind:?}"),
+                format_args!("{kind:?}{here}"),
                 format_args!("{known_list}{hint}"),
             ));
         }
-        match self.tables.keys().find(|t| !known.contains(&t.as_str())) {
+        let spoken_of = |t: &str| known.contains(&t) || later.contains(&t);
+        match self.tables.keys().find(|t| !spoken_of(t.as_str())) {
             Some(table) => {
                 let path = ["transport".to_owned(), table.clone()];
                 let keys = known.iter().copied().chain(["kind"]);

@@ -466,12 +466,17 @@ fn the_transports_word_is_checked_against_those_that_there_are() {
             "shop.toml, line 1: transport.kind: found \"ampq\", expected \"memory\" or \"amqp\" (did you mean \"amqp\"?)",
         ),
         (
+            "transport.kind = 'kafka'\n[transport.kafka]",
+            "shop.toml, line 1: transport.kind: found \"kafka\", which this version does not have, expected \"memory\" or \
+             \"amqp\"",
+        ),
+        (
             "transport.kind = 'amqp'\n[transport.ampq]\nurl = 'amqp://u:canary@h'",
             "shop.toml, line 2: transport.ampq: this key is unknown; did you mean amqp?",
         ),
     ] {
         let transport = config(file, &[]).unwrap().settings().unwrap().transport;
-        let text = transport.kind(&known).unwrap_err().to_string();
+        let text = transport.kind(&known, &["kafka"]).unwrap_err().to_string();
         assert_eq!(text, format!("read configuration: {expected}"));
     }
 }
@@ -525,7 +530,7 @@ fn no_error_shows_a_password() {
         let read = everything(&file, &[], None).and_then(|settings| {
             let shown = format!("{settings:?}");
             assert!(!shown.contains("canary"), "{shown}");
-            let kind = settings.transport.kind(&["memory", "amqp"]);
+            let kind = settings.transport.kind(&["memory", "amqp"], &[]);
             kind.map_err(|e| e.to_string())?;
             settings
                 .transport

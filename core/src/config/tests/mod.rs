@@ -220,7 +220,7 @@ fn the_adapter_reads_its_own_table() {
     let variables = [("PILLARBOX_TRANSPORT__AMQP__URL", "amqp://u:p,[x@other")];
     let settings = settings(file, &variables);
     assert_eq!(
-        settings.transport.kind(&["memory", "amqp"]).unwrap(),
+        settings.transport.kind(&["memory", "amqp"], &[]).unwrap(),
         "amqp"
     );
     let adapter: Adapter = settings.transport.table("amqp").unwrap();
