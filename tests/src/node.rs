@@ -33,6 +33,8 @@ pub struct Task {
     pub hold_acks: bool,
     /// What the handler takes for each event.
     pub work_ms: u64,
+    /// The handler fails at its first attempt on each so-manieth of a key; 0 is never.
+    pub fails_each: u32,
 }
 
 impl Task {
@@ -47,6 +49,7 @@ impl Task {
             lease_ms: 1_000,
             hold_acks: false,
             work_ms: 0,
+            fails_each: 0,
         }
     }
 

@@ -9,6 +9,7 @@ const NO_SERVER: &str =
     "SQLite and memory have no server that could be stopped, cut off or restarted, and no password";
 const NO_POWER_CUT: &str =
     "what SQLite has not flushed only a power cut loses, and a test cannot make one";
+const NO_FUNCTIONS: &str = "SQLite has no functions in a schema; a plain INSERT is the way there";
 const NO_SETTING: &str = "SQLite has no such setting";
 
 /// (test, the world that has it, why the other cannot).
@@ -64,6 +65,8 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Embedded,
         "a broker's Ok says that its queues have the event, not its groups",
     ),
+    ("the_schemas_functions_enqueue_for_any_language", Servers, NO_FUNCTIONS),
+    ("statements_held_back_past_the_lease_change_nothing", Servers, NO_SERVER),
     (
         "broker_connections_that_break_in_mid_window",
         Servers,

@@ -7,6 +7,7 @@ use futures_util::future::{pending, select_all};
 use pillarbox_amqp::{Amqp, QUIET_TARGETS};
 use pillarbox_core::{
     Consumer, ConsumerSettings, Database, Health, Outbox, Relay, RelaySettings, Result, Running,
+    failure::Retry,
     lease::LeaseTerm,
     memory::{self, Held},
 };
@@ -30,7 +31,8 @@ fn say(line: &str) {
 #[tokio::main(flavor = "multi_thread", worker_threads = 2)]
 async fn main() -> ExitCode {
     let quiet: Vec<String> = QUIET_TARGETS.iter().map(|t| format!("{t}=off")).collect();
-    let filter = format!("debug,{}", quiet.join(","));
+    // Each statement would be a line.
+    let filter = format!("debug,sqlx::query=off,{}", quiet.join(","));
     tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
         .with_ansi(false)
@@ -101,6 +103,7 @@ struct Node {
     group: String,
     term: LeaseTerm,
     work: Duration,
+    fails_each: u32,
 }
 
 impl Node {
@@ -119,6 +122,7 @@ impl Node {
             group: task.group.clone(),
             term: LeaseTerm::new(Duration::from_millis(task.lease_ms)),
             work: Duration::from_millis(task.work_ms),
+            fails_each: task.fails_each,
         })
     }
 
@@ -164,18 +168,26 @@ impl Node {
             lease: self.term,
             ..ConsumerSettings::default()
         };
-        let work = self.work;
+        let (work, fails_each) = (self.work, self.fails_each);
         let handler = TickHandler::acting(move |delivery, _| {
             let key = delivery.event.key.clone().unwrap_or_default();
             say(&format!("handles {key} {}", delivery.event.n));
+            let fails = fails_each > 0 && delivery.event.n % fails_each == 0 && delivery.attempts == 0;
             Box::pin(async move {
                 // Time is what the handler is asked to take.
                 tokio::time::sleep(work).await;
+                if fails {
+                    return Err(std::io::Error::other("as it was told").into());
+                }
                 Ok(())
             })
         });
         Consumer::new(database, self.transport.clone(), self.group.as_str())
             .settings(settings)
+            .retry(Retry {
+                delays: vec![Duration::from_millis(200); 3],
+                jitter: 0.1,
+            })
             .on::<Tick>(handler)
     }
 }

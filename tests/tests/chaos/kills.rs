@@ -33,7 +33,9 @@ async fn killed_at_twenty_random_moments(world: World) {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
     tap(&world).await;
-    let tasks = tasks(&world);
+    // Retries under way are killed too.
+    let mut tasks = tasks(&world);
+    tasks.iter_mut().for_each(|t| t.fails_each = 7);
     let mut nodes: Vec<Node> = tasks.iter().map(|t| Node::start(NODE, t)).collect();
     let writers = Writers::start(&world.outbox(), STEADY, seed).await;
     let kills = if is_soak() { 200 } else { 20 };

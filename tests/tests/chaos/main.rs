@@ -1,5 +1,6 @@
 //! Processes, connections and servers that end at any moment: nothing is lost, nothing doubled, the order kept.
 
+mod held;
 mod kills;
 mod network;
 mod restarts;

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use pillarbox_amqp::Amqp;
-use pillarbox_core::{Database, Outbox, Relay, Running};
+use pillarbox_core::{Consumer, Database, Outbox, Relay, Running};
 use pillarbox_testkit::proxy::{Direction, Proxy};
 use pillarbox_tests::{
     Tick, TickHandler, World, amqp_config, connect, is_soak,
@@ -22,60 +22,76 @@ on_servers_alone!(
     databases_that_fall_silent,
 );
 
-/// Relay and consumer behind proxies; the writers and the checks are not.
-struct Behind {
-    broker: Proxy,
-    producer: Proxy,
-    consumer: Proxy,
-    relay: Running,
-    running: Running,
-    writers: Writers,
+/// A relay and a consumer behind proxies.
+pub(crate) struct Behind {
+    pub(crate) broker: Proxy,
+    pub(crate) producer: Proxy,
+    pub(crate) consumer: Proxy,
+    pub(crate) relay: Running,
+    pub(crate) running: Running,
 }
 
 impl Behind {
-    async fn start(world: &World, seed: u64) -> Self {
-        tap(world).await;
+    pub(crate) async fn start(world: &World) -> Self {
         let amqp = world.amqp_url.as_deref().expect("a broker");
         let (broker, amqp) = Proxy::before(amqp).await.expect("a proxy");
         let (producer, producer_url) = Proxy::before(&world.urls.0).await.expect("a proxy");
         let (consumer, consumer_url) = Proxy::before(&world.urls.1).await.expect("a proxy");
         let config = amqp_config(&amqp, &world.group);
         let transport: Arc<dyn Transport> = Arc::new(Amqp::new(config).expect("a config"));
-        let outbox = Outbox::new(connect(&producer_url));
+        let outbox = Outbox::new(&connect(&producer_url));
         let relay = Relay::new(&outbox, transport.clone())
             .source("producer")
             .settings(World::relay_settings());
         let database: Database = connect(&consumer_url);
-        let reader = pillarbox_core::Consumer::new(&database, transport, world.group.as_str())
+        let reader = Consumer::new(&database, transport, world.group.as_str())
             .settings(World::consumer_settings())
             .on::<Tick>(TickHandler::new());
-        let behind = Self {
+        Self {
             broker,
             producer,
             consumer,
             relay: relay.spawn(),
             running: reader.spawn(),
-            writers: Writers::start(&world.outbox(), STEADY, seed).await,
-        };
-        world.until_effects(100).await;
-        behind
+        }
     }
 
-    /// Waits until it has gone on, whatever happened.
-    async fn goes_on(world: &World) {
+    /// Waits until somebody has gone on, whatever happened.
+    pub(crate) async fn goes_on(world: &World) {
         let so_far = world.count_effects().await;
         world.until_effects(so_far + 100).await;
     }
 
-    async fn end(self, world: &World) -> Ledger {
-        let ledger = self.writers.stop().await;
-        until_all_applied(world, &ledger).await;
-        until("no trouble is left", async || {
-            self.relay.health().trouble.is_none() && self.running.health().trouble.is_none()
-        })
-        .await;
+    pub(crate) async fn stop(self) {
         self.relay.shutdown().await.expect("relay");
         self.running.shutdown().await.expect("consumer");
+    }
+}
+
+/// The same at work; writers and checks are not behind the proxies.
+struct Load {
+    behind: Behind,
+    writers: Writers,
+}
+
+impl Load {
+    async fn start(world: &World, seed: u64) -> Self {
+        tap(world).await;
+        let behind = Behind::start(world).await;
+        let writers = Writers::start(&world.outbox(), STEADY, seed).await;
+        Behind::goes_on(world).await;
+        Self { behind, writers }
+    }
+
+    async fn end(self, world: &World) -> Ledger {
+        let Self { behind, writers } = self;
+        let ledger = writers.stop().await;
+        until_all_applied(world, &ledger).await;
+        until("no trouble is left", async || {
+            behind.relay.health().trouble.is_none() && behind.running.health().trouble.is_none()
+        })
+        .await;
+        behind.stop().await;
         ledger
     }
 }
@@ -115,7 +131,8 @@ fn rounds() -> u32 {
 async fn broker_connections_that_break_in_mid_window(world: World) {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
-    let behind = Behind::start(&world, seed).await;
+    let load = Load::start(&world, seed).await;
+    let behind = &load.behind;
     for round in 0..rounds() {
         break_connections(&behind.broker, round % 5, &mut rng).await;
         Behind::goes_on(&world).await;
@@ -127,7 +144,7 @@ async fn broker_connections_that_break_in_mid_window(world: World) {
         behind.broker.release();
         Behind::goes_on(&world).await;
     }
-    let ledger = behind.end(&world).await;
+    let ledger = load.end(&world).await;
     let repeated = assert_whole(&world, &ledger).await;
     assert!(
         repeated > 0,
@@ -138,7 +155,8 @@ async fn broker_connections_that_break_in_mid_window(world: World) {
 /// Everything stands open and nothing answers, for longer than every deadline of the adapter.
 async fn a_broker_that_falls_silent(world: World) {
     let seed = seed();
-    let behind = Behind::start(&world, seed).await;
+    let load = Load::start(&world, seed).await;
+    let behind = &load.behind;
     behind.broker.black_hole(true);
     until("both tell what they wait for", async || {
         let troubles = (
@@ -154,14 +172,15 @@ async fn a_broker_that_falls_silent(world: World) {
         .await;
     behind.broker.black_hole(false);
     Behind::goes_on(&world).await;
-    let ledger = behind.end(&world).await;
+    let ledger = load.end(&world).await;
     assert_whole(&world, &ledger).await;
 }
 
 async fn database_connections_that_break_in_mid_work(world: World) {
     let seed = seed();
     let mut rng = StdRng::seed_from_u64(seed);
-    let behind = Behind::start(&world, seed).await;
+    let load = Load::start(&world, seed).await;
+    let behind = &load.behind;
     for round in 0..rounds() {
         let victim = if rng.random() {
             &behind.producer
@@ -171,14 +190,15 @@ async fn database_connections_that_break_in_mid_work(world: World) {
         break_connections(victim, round % 5, &mut rng).await;
         Behind::goes_on(&world).await;
     }
-    let ledger = behind.end(&world).await;
+    let ledger = load.end(&world).await;
     assert_whole(&world, &ledger).await;
 }
 
 /// For longer than the leases last: nobody may act on them.
 async fn databases_that_fall_silent(world: World) {
     let seed = seed();
-    let behind = Behind::start(&world, seed).await;
+    let load = Load::start(&world, seed).await;
+    let behind = &load.behind;
     for proxy in [&behind.producer, &behind.consumer] {
         proxy.black_hole(true);
         let held = async || {
@@ -193,6 +213,6 @@ async fn databases_that_fall_silent(world: World) {
         until("it is held again", async || held().await > 0).await;
         Behind::goes_on(&world).await;
     }
-    let ledger = behind.end(&world).await;
+    let ledger = load.end(&world).await;
     assert_whole(&world, &ledger).await;
 }

@@ -81,7 +81,13 @@ async fn a_database_that_restarts_costs_nothing_but_time() {
         return;
     };
     let outbox = world.outbox();
-    let handler = TickHandler::new();
+    // Long enough for the database to go in the middle of it.
+    let handler = TickHandler::acting(|_, _| {
+        Box::pin(async {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+            Ok(())
+        })
+    });
     let way = world.start(&outbox, world.ticks(handler.clone())).await;
     let writers = Writers::start(&outbox, STEADY, seed()).await;
     let rounds = if is_soak() { 30 } else { 3 };

@@ -1,6 +1,7 @@
 //! An event's way from commit to effect, in both worlds.
 
 mod bounds;
+mod chain;
 mod duplicates;
 mod enqueue;
 mod failing;
