@@ -79,6 +79,15 @@ async fn error_of(amqp: Amqp) -> Error {
     soon(amqp.publisher()).await.err().unwrap()
 }
 
+/// Below the range that systems hand out by themselves, so that no outgoing connection takes it before the broker does.
+fn free_port() -> u16 {
+    let first = 20_000 + u16::try_from(std::process::id() % 5_000).unwrap();
+    let mut ports = first..26_000;
+    ports
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
+        .unwrap()
+}
+
 /// Shakes hands with everybody who comes, with that certificate; speaks no AMQP.
 fn greeter(papers: &Papers, name: &str) -> u16 {
     let chain = fs::read(papers.file(&format!("{name}.pem"))).unwrap();
@@ -109,11 +118,7 @@ async fn a_broker_that_asks_for_a_certificate_takes_ours_in_both_forms() {
     let papers = Papers::new();
     papers.sign("server", "127.0.0.1", tomorrow());
     papers.sign("client", "client", tomorrow());
-    let port = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let port = free_port();
     let listen = format!("127.0.0.1:{port}");
     let settings = [
         ("listeners.ssl.1", listen.as_str()),
@@ -126,6 +131,13 @@ async fn a_broker_that_asks_for_a_certificate_takes_ours_in_both_forms() {
     let Some(server) = servers::required(RabbitMq::start_with(&settings).await) else {
         return;
     };
+    // The broker says that it is ready before its second listener is.
+    let listening = async {
+        while tokio::net::TcpStream::connect(&listen).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon(listening).await;
     let login = server
         .url()
         .split("//")
