@@ -130,8 +130,9 @@ impl Engine {
         rows.map_err(|e| self.failed(operation, e))
     }
 
-    /// A transaction: READ COMMITTED and writable whatever the host's defaults (under REPEATABLE READ each renewal that
-    /// meets another fails with 40001), and bounded (a process that is stopped in the middle would hold its locks for ever).
+    /// A transaction: READ COMMITTED whatever the host's default (under REPEATABLE READ each renewal that meets another fails
+    /// with 40001), and bounded (a process that is stopped in the middle would hold its locks for ever). A server that was
+    /// set read-only is obeyed: it may be the old one after a switch-over.
     pub(super) async fn begin(
         &self,
         operation: &'static str,
@@ -224,7 +225,7 @@ impl Commit {
 fn begin_text(bound: Duration) -> String {
     let bound = millis(bound).max(1);
     format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {bound}; \
+        "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {bound}; \
          SET LOCAL idle_in_transaction_session_timeout = {bound}"
     )
 }

@@ -81,7 +81,7 @@ CREATE FUNCTION @schema@.enqueue(
 ) RETURNS uuid LANGUAGE sql VOLATILE SECURITY INVOKER AS $$
   SELECT @schema@.enqueue_bytes(
     topic => enqueue.topic, type => enqueue.type, payload => convert_to(enqueue.payload::text, 'UTF8'),
-    content_type => 'application/json', key => enqueue.key, headers => enqueue.headers, attributes => enqueue.attributes,
+    content_type => CASE WHEN enqueue.payload IS NOT NULL THEN 'application/json' END, key => enqueue.key, headers => enqueue.headers, attributes => enqueue.attributes,
     version => enqueue.version, id => enqueue.id, deliver_at => enqueue.deliver_at) $$;
 COMMENT ON FUNCTION @schema@.enqueue IS 'Writes an event with a JSON payload; answers its id. jsonb orders keys and drops spaces: enqueue_bytes keeps the bytes as they are.';
 

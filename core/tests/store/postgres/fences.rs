@@ -133,7 +133,6 @@ async fn the_hosts_isolation_level_breaks_no_renewal() {
     };
     let options = db.options().options([
         ("default_transaction_isolation", "repeatable read"),
-        ("default_transaction_read_only", "on"),
         ("default_transaction_deferrable", "on"),
     ]);
     let database = super::over(options);
@@ -235,4 +234,39 @@ async fn ended_sessions_are_replaced() {
             assert!(failures <= 8, "a dead connection comes back");
         }
     }
+}
+
+/// A server that was set read-only, as before a switch-over, is obeyed; and a session that leads to it is given up, because the
+/// next one may lead to the server that writes.
+#[tokio::test]
+async fn a_read_only_server_is_obeyed_and_left() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let lease = acquire(&**store, &relay()).await.lease;
+    let name = db.options().get_database().unwrap_or_default().to_owned();
+    db.execute(&format!(
+        "ALTER DATABASE {name} SET default_transaction_read_only = on"
+    ))
+    .await;
+    let engine = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
+                  WHERE datname = current_database() AND pid <> pg_backend_pid()";
+    let read_only = super::until("it is read-only", async || {
+        db.number(engine).await;
+        let answer = store.renew(&lease, term()).await;
+        answer.is_err_and(|e| e.to_string().contains("read-only"))
+    });
+    read_only.await;
+    let error = store
+        .settle(&lease, &Progress::default(), term(), true)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(error.to_string().contains("read-only"), "{error}");
+    let mut raw = db.raw().await;
+    run(&mut raw, "SET default_transaction_read_only = off").await;
+    let reset = format!("ALTER DATABASE {name} RESET default_transaction_read_only");
+    run(&mut raw, &reset).await;
+    store.renew(&lease, term()).await.unwrap();
 }

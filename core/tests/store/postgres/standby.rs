@@ -56,7 +56,8 @@ async fn a_standby_refuses_and_its_promotion_voids_all_leases() {
                 .await,
         );
         away(store.lines(&acquired.lease, 1).await);
-        away(store.begin(GROUP, term(), false).await.map(drop));
+        let unit = store.begin(GROUP, term(), false).await.unwrap();
+        away(unit.commit(&group, term()).await);
         away(store.release(&group).await);
         // No connection that was refused is kept: the next one may lead to the server that writes.
         until("the connections are closed", async || {

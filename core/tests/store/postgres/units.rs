@@ -2,16 +2,12 @@
 
 use std::time::Duration;
 
-use pillarbox_core::{
-    Connection, Kind,
-    lease::{LeaseKey, LeaseTerm},
-    store::Unit,
-};
+use pillarbox_core::{Connection, Kind, lease::LeaseTerm, store::Unit};
 use sqlx::{Connection as _, PgConnection};
 
 use super::{Db, number, refused, run, short, text, until};
 use crate::suite::{
-    Bench, EFFECT, GROUP, acquire, deferral, effects, group, letter, message, relay, source, term,
+    Bench, EFFECT, GROUP, acquire, deferral, effects, group, letter, message, term,
 };
 
 async fn ready() -> Option<(Db, pillarbox_core::Database)> {
@@ -156,7 +152,6 @@ async fn handlers_have_the_hosts_settings() {
     let Some((db, _)) = ready().await else { return };
     let options = db.options().options([
         ("default_transaction_isolation", "serializable"),
-        ("default_transaction_read_only", "on"),
         ("synchronous_commit", "local"),
         ("work_mem", "7MB"),
     ]);
@@ -171,7 +166,6 @@ async fn handlers_have_the_hosts_settings() {
             ("work_mem", "7MB"),
             ("synchronous_commit", expected),
             ("transaction_isolation", "read committed"),
-            ("transaction_read_only", "off"),
             ("statement_timeout", "36s"),
             ("idle_in_transaction_session_timeout", "36s"),
         ] {
@@ -283,42 +277,51 @@ async fn units_and_renewals_of_one_lease_go_side_by_side() {
     assert_eq!(effects(&db).await, 100);
 }
 
-/// Between a unit's fence and its COMMIT nobody takes the lease over.
+/// Between a unit's fence and its COMMIT nobody takes the lease over: else two owners' effects interleave.
 #[tokio::test]
 async fn a_fenced_commit_holds_off_the_next_owner() {
     let Some((db, database)) = ready().await else {
         return;
     };
-    let store = database.store();
-    let first = acquire(&**store, &group()).await.lease;
-    let mut raw = db.raw().await;
+    let store = database.store().clone();
+    let lease = acquire(&*store, &group()).await.lease;
+    let mut keeper = db.raw().await;
+    // COMMIT itself is slow: a deferred trigger waits for a lock.
     run(
-        &mut raw,
-        "BEGIN; SELECT FROM pillarbox.source_cursor FOR SHARE",
+        &mut keeper,
+        "CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
+           PERFORM pg_advisory_xact_lock(1); RETURN NULL; END $$; \
+         CREATE CONSTRAINT TRIGGER pause AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED \
+           FOR EACH ROW EXECUTE FUNCTION pause(); \
+         SELECT pg_advisory_lock(1)",
     )
     .await;
-    // A lease that counts as expired and is locked: no owner changes under the lock.
-    let other = LeaseKey::Source {
-        group: GROUP.to_owned(),
-        source: source(),
-    };
-    let expired = "UPDATE pillarbox.source_cursor SET expires_at = '-infinity'";
-    run(&mut raw, expired).await;
-    run(
-        &mut raw,
-        "COMMIT; BEGIN; SELECT FROM pillarbox.source_cursor FOR SHARE",
-    )
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    run(connection(&mut *unit), EFFECT).await;
+    // Free for others, as after a clock was set back, and not worth a renewal.
+    db.expire(&group(), 400).await;
+    let (committing, held) = (lease.clone(), store.clone());
+    let commit = tokio::spawn(async move { unit.commit(&committing, term()).await });
+    until("the commit waits", async || {
+        number(
+            &mut keeper,
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND database = \
+             (SELECT oid FROM pg_database WHERE datname = current_database())",
+        )
+        .await
+            == 1
+    })
     .await;
-    let error = store.acquire(&other, short()).await.unwrap_err();
+    let error = held.acquire(&group(), short()).await.unwrap_err();
     assert_eq!(error.kind(), Kind::Unavailable, "{error}");
     assert!(error.is_temporary());
-    run(&mut raw, "COMMIT").await;
-    let second = acquire(&**store, &other).await.lease;
-    assert_eq!(second.epoch, first.epoch + 1);
-    acquire(&**store, &relay()).await;
+    run(&mut keeper, "SELECT pg_advisory_unlock(1)").await;
+    commit.await.unwrap().unwrap();
+    assert_eq!(effects(&db).await, 1);
+    let next = acquire(&*store, &group()).await.lease;
+    assert_eq!(next.epoch, lease.epoch + 1);
 }
 
-/// What the inbox looks up goes by its index, also on a connection whose plans were made while it was empty.
 #[tokio::test]
 async fn events_without_time_have_an_inbox_of_their_own() {
     let Some((db, database)) = ready().await else {
