@@ -12,6 +12,7 @@ use tokio::{
     io::{AsyncBufReadExt as _, AsyncRead, BufReader},
     process::{Child, Command},
     sync::watch,
+    task::JoinHandle,
 };
 
 use crate::World;
@@ -76,6 +77,7 @@ impl Task {
 pub struct Node {
     child: Child,
     said: Arc<Said>,
+    readers: Vec<JoinHandle<()>>,
 }
 
 #[derive(Default)]
@@ -114,15 +116,29 @@ impl Node {
             .spawn()
             .expect("a child");
         let said = Arc::new(Said::default());
-        tokio::spawn(said.clone().read(child.stdout.take().expect("a pipe")));
-        tokio::spawn(said.clone().read(child.stderr.take().expect("a pipe")));
-        Self { child, said }
+        let readers = vec![
+            tokio::spawn(said.clone().read(child.stdout.take().expect("a pipe"))),
+            tokio::spawn(said.clone().read(child.stderr.take().expect("a pipe"))),
+        ];
+        Self {
+            child,
+            said,
+            readers,
+        }
     }
 
     /// All that it has said, on both outputs.
     #[must_use]
     pub fn said(&self) -> String {
         self.said.lock().clone()
+    }
+
+    /// The end of it, for a test that fails.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        let said = self.said.lock();
+        let lines: Vec<&str> = said.lines().collect();
+        lines[lines.len().saturating_sub(60)..].join("\n")
     }
 
     /// Waits until it has said this.
@@ -143,7 +159,7 @@ impl Node {
             }
         };
         let heard = tokio::time::timeout(Duration::from_secs(60), heard).await;
-        assert!(heard.is_ok(), "no {what:?} in:\n{}", self.said());
+        assert!(heard.is_ok(), "no {what:?}; it says:\n{}", self.last_words());
     }
 
     /// SIGKILL; returns when it is gone.
@@ -155,19 +171,12 @@ impl Node {
     pub async fn end(&mut self) -> bool {
         self.signal(Signal::TERM);
         let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
-        ended
-            .expect("it ends within a minute")
-            .expect("an exit")
-            .success()
-    }
-
-    /// Waits until it ends by itself, and answers whether that was well.
-    pub async fn ended(&mut self) -> bool {
-        let ended = tokio::time::timeout(Duration::from_secs(60), self.child.wait()).await;
-        ended
-            .expect("it ends within a minute")
-            .expect("an exit")
-            .success()
+        // Its last words.
+        for reader in std::mem::take(&mut self.readers) {
+            reader.await.expect("a reader");
+        }
+        let ended = ended.expect("it ends within a minute");
+        ended.expect("an exit").success()
     }
 
     /// SIGSTOP: it stands still, its connections stay open.

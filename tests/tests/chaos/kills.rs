@@ -50,7 +50,7 @@ async fn killed_at_twenty_random_moments(world: World) {
     let ledger = writers.stop().await;
     until_all_applied(&world, &ledger).await;
     for node in &mut nodes {
-        assert!(node.end().await, "{}", node.said());
+        assert!(node.end().await, "{}", node.last_words());
     }
     assert_whole(&world, &ledger).await;
 }
@@ -85,9 +85,9 @@ async fn a_consumer_killed_between_commit_and_acknowledgement(world: World) {
     let mut again = Node::start(NODE, consumer);
     world.until_effects(50).await;
     if let Some(relay) = &mut relay {
-        assert!(relay.end().await, "{}", relay.said());
+        assert!(relay.end().await, "{}", relay.last_words());
     }
-    assert!(again.end().await, "{}", again.said());
+    assert!(again.end().await, "{}", again.last_words());
     for effect in &before {
         let call = format!("handles {} {}\n", effect.key, effect.n);
         assert!(
@@ -115,8 +115,8 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
         second
             .says("another process runs the memory transport")
             .await;
-        assert!(!second.said().contains("works\n"), "{}", second.said());
-        assert!(!second.said().contains("handles"), "{}", second.said());
+        assert!(!second.said().contains("works\n"), "{}", second.last_words());
+        assert!(!second.said().contains("handles"), "{}", second.last_words());
     }
     // Killed, then ended: the other goes on each time.
     first.kill().await;
@@ -125,13 +125,13 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
     world.until_effects(so_far + 300).await;
     let mut third = Node::start(NODE, &Task::both(&world));
     third.says("ready").await;
-    assert!(second.end().await, "{}", second.said());
+    assert!(second.end().await, "{}", second.last_words());
     third.says("works\n").await;
     let so_far = world.count_effects().await;
     world.until_effects(so_far + 300).await;
     let ledger = writers.stop().await;
     until_all_applied(&world, &ledger).await;
-    assert!(third.end().await, "{}", third.said());
+    assert!(third.end().await, "{}", third.last_words());
     assert_whole(&world, &ledger).await;
     // The whole log once more, as after a restore: no effect more.
     rewind(&world.producer).await;
@@ -140,6 +140,6 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
     fourth.says("works\n").await;
     world.commit(&outbox, &[Tick::new("last", 1)]).await;
     world.until_effects(count + 1).await;
-    assert!(fourth.end().await, "{}", fourth.said());
+    assert!(fourth.end().await, "{}", fourth.last_words());
     assert_eq!(world.effects().await.len(), count + 1);
 }

@@ -45,8 +45,8 @@ async fn one_that_was_frozen_past_its_lease_settles_nothing(world: World) {
         effects,
         "the zombie applied something"
     );
-    assert!(heir.end().await, "{}", heir.said());
-    assert!(zombie.end().await, "{}", zombie.said());
+    assert!(heir.end().await, "{}", heir.last_words());
+    assert!(zombie.end().await, "{}", zombie.last_words());
     assert_whole(&world, &ledger).await;
 }
 
