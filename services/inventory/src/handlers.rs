@@ -2,11 +2,10 @@
 
 use pillarbox::{Context, Delivery, Event, Failure, Handler};
 use pillarbox_contracts::{OrderCancelled, OrderFacts, OrderFailed, ReleaseReason};
-use time::OffsetDateTime;
 
 use crate::{
     repository::{Effect, repository},
-    stock::release_held,
+    stock::{now, release_held},
 };
 
 /// Remembers an order as ended, so that a late reservation for it is refused, and releases what it holds.
@@ -39,7 +38,7 @@ async fn end<E: Event>(
     order: &OrderFacts,
 ) -> Result<(), Failure> {
     let (order_id, product_id) = (order.order_id, &order.product_id);
-    let at = OffsetDateTime::now_utc();
+    let at = now();
     // The product before the order, as everywhere, so that no two transactions wait for each other.
     let product = repository(cx.tx()).lock_product(product_id).await?;
     repository(cx.tx()).end_order(order_id, E::TYPE).await?;

@@ -1,5 +1,7 @@
 //! The program: what it refuses, and how.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use std::process::Command;
 
 #[test]

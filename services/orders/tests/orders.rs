@@ -1,6 +1,8 @@
 //! The use cases and handlers, on SQLite and on PostgreSQL by the same bodies, beside an inventory service that answers
 //! as a test wants.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},

@@ -1,5 +1,7 @@
 //! The shop as a process: what it answers, what its events carry, and whether the check sees a broken promise.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},

@@ -118,6 +118,6 @@ fn at_most(quantity: u64) -> Result<()> {
 }
 
 /// Now, as exactly as both databases can store it.
-fn now() -> OffsetDateTime {
+pub(crate) fn now() -> OffsetDateTime {
     OffsetDateTime::now_utc().truncate_to_microsecond()
 }

@@ -26,8 +26,6 @@ use crate::{Result, progress::Progress};
 
 /// Orders that are being placed at a time.
 const PLACING: usize = 16;
-/// One order each: a shop with many customers, not one that is stormed.
-const PACE: Duration = Duration::from_millis(10);
 /// Orders that are being waited for, to be confirmed or cancelled.
 const FOLLOWING: usize = 48;
 /// A request's time-out: longer than the shop's own.
@@ -131,11 +129,11 @@ impl Driver {
     }
 
     /// Places all orders, as far as customers are let in, and confirms or cancels those that are to be.
-    pub(crate) async fn run(&self, orders: Vec<Order>) -> Result<()> {
+    pub(crate) async fn run(&self, orders: Vec<Order>, pace: u32) -> Result<()> {
         let orders = Arc::new(Mutex::new(orders.into_iter().enumerate()));
         let (followed, to_follow) = mpsc::unbounded_channel();
         let to_follow = Arc::new(Mutex::new(to_follow));
-        let mut pace = tokio::time::interval(PACE);
+        let mut pace = tokio::time::interval(Duration::from_secs(1) / pace.max(1));
         pace.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let pace = Arc::new(Mutex::new(pace));
         let mut tasks = JoinSet::<Result<()>>::new();

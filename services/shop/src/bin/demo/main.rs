@@ -43,6 +43,9 @@ struct Options {
     /// Place only so many orders.
     #[arg(long, value_name = "NUMBER")]
     orders: Option<usize>,
+    /// So many orders a second at most: a shop with many customers, not one that is stormed.
+    #[arg(long, value_name = "NUMBER", default_value_t = 60)]
+    pace: u32,
     /// Leave databases and the shop's log where they are.
     #[arg(long)]
     keep: bool,
@@ -80,8 +83,8 @@ async fn play(options: &Options) -> Result<ExitCode> {
 
     progress.begin();
     let driving = tokio::spawn({
-        let driver = driver.clone();
-        async move { driver.run(orders).await }
+        let (driver, pace) = (driver.clone(), options.pace);
+        async move { driver.run(orders, pace).await }
     });
     let mut restarts = Vec::new();
     // As many as may come before the shop is back: the second kill is to hit the middle too.
