@@ -46,90 +46,61 @@ const MESSAGE: &str = "time, source, id, topic, type, key, attributes, headers, 
 const WAITS: &str =
     "greatest(0, ceil(extract(epoch FROM due - clock_timestamp()) * 1000))::bigint AS due_in";
 
+/// Messages as arrays, $4 to $15, and one array more that [`Statements::defer`] and [`Statements::bury`] give.
+const ROWS: &str = "unnest($4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], \
+                    $11::text[], $12::bytea[], $13::bigint[], $14::int[], $15::text[], $16::{more}[]) WITH ORDINALITY \
+                    AS r (time, source, id, topic, type, key, attributes, headers, payload, position, attempts, reason, \
+                    more, n) ORDER BY r.n ON CONFLICT DO NOTHING";
+/// One of them, in the order of [`MESSAGE`].
+const ROW: &str = "timestamptz 'epoch' + r.time * interval '1 microsecond', r.source, r.id, r.topic, r.type, r.key, \
+                   r.attributes::jsonb, r.headers::jsonb, r.payload, r.position, r.attempts, r.reason";
+
 impl Statements {
     pub(super) fn new(schema: &str) -> Self {
         let schema = format!("\"{schema}\"");
-        let rows = "unnest($4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], \
-                    $11::text[], $12::bytea[], $13::bigint[], $14::int[], $15::text[],";
-        let names = "WITH ORDINALITY AS r (time, source, id, topic, type, key, attributes, headers, payload, position, \
-                     attempts, reason,";
-        let message = "timestamptz 'epoch' + r.time * interval '1 microsecond', r.source, r.id, r.topic, r.type, r.key, \
-                       r.attributes::jsonb, r.headers::jsonb, r.payload";
-        let within = |rows: String| {
-            format!(
-                "SELECT b.* FROM (SELECT b.*, sum(coalesce(octet_length(b.payload), 0)) OVER (ROWS UNBOUNDED PRECEDING) \
-                 AS bytes FROM ({rows}) b) b WHERE b.bytes - coalesce(octet_length(b.payload), 0) < {BYTES}"
-            )
-        };
+        let text = |template: String| Text::from(template.replace("{schema}", &schema));
+        let deferred = "{schema}.deferred";
         let lined = format!(
-            "SELECT {MESSAGE}, position, attempts, {WAITS} FROM {schema}.deferred d WHERE d.side = $1 AND d.scope = $2 AND"
+            "SELECT {MESSAGE}, position, attempts, {WAITS} FROM {deferred} d WHERE d.side = $1 AND d.scope = $2 AND"
         );
         Self {
-            defer: format!(
-                "INSERT INTO {schema}.deferred (side, scope, shard, {MESSAGE}, position, attempts, reason, due, \
-                   first_failure, last_failure) \
-                 SELECT $1, $2, $3, {message}, r.position, r.attempts, r.reason, \
-                   clock_timestamp() + r.delay * interval '1 millisecond', \
-                   CASE WHEN r.attempts > 0 THEN clock_timestamp() END, \
-                   CASE WHEN r.attempts > 0 THEN clock_timestamp() END \
-                 FROM {rows} $16::bigint[]) {names} delay, n) ORDER BY r.n ON CONFLICT DO NOTHING"
-            )
-            .into(),
-            bury: format!(
-                "INSERT INTO {schema}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
-                   first_failure, last_failure) \
-                 SELECT $1, $2, $3, {message}, r.position, r.attempts, r.reason, r.maybe_sent, \
-                   coalesce((SELECT d.first_failure FROM {schema}.leave_line($1, $2, r.source, r.id) d), clock_timestamp()), \
-                   clock_timestamp() \
-                 FROM {rows} $16::boolean[]) {names} maybe_sent, n) ORDER BY r.n ON CONFLICT DO NOTHING"
-            )
-            .into(),
-            lines: format!(
+            defer: text(defer()),
+            bury: text(bury()),
+            dead: text(dead()),
+            lines: text(format!(
                 "SELECT topic, key, source, id, {WAITS} FROM ( \
                    SELECT DISTINCT ON (d.line, d.topic, d.key) d.line, d.topic, d.key, d.source, d.id, d.due \
-                   FROM {schema}.deferred d WHERE d.side = $1 AND d.scope = $2 AND d.shard = $3 \
+                   FROM {deferred} d WHERE d.side = $1 AND d.scope = $2 AND d.shard = $3 \
                    ORDER BY d.line, d.topic, d.key, d.position, d.seq) head ORDER BY due, line LIMIT $4"
-            )
-            .into(),
-            line: within(format!(
+            )),
+            line: text(within_budget(&format!(
                 "{lined} d.line = hashtextextended($3 || chr(31) || $4, 0) AND d.topic = $3 AND d.key = $4 \
                  ORDER BY d.position, d.seq LIMIT $5"
-            ))
-            .into(),
-            alone: format!("{lined} d.source = $3 AND d.id = $4").into(),
-            done: format!("SELECT FROM {schema}.leave_line($1, $2, $3, $4)").into(),
-            again: format!(
-                "UPDATE {schema}.deferred SET attempts = $5, reason = $6, last_failure = clock_timestamp(), \
+            ))),
+            alone: text(format!("{lined} d.source = $3 AND d.id = $4")),
+            done: text("SELECT FROM {schema}.leave_line($1, $2, $3, $4)".to_owned()),
+            again: text(format!(
+                "UPDATE {deferred} SET attempts = $5, reason = $6, last_failure = clock_timestamp(), \
                    due = clock_timestamp() + $7 * interval '1 millisecond', \
                    first_failure = coalesce(first_failure, clock_timestamp()) \
                  WHERE side = $1 AND scope = $2 AND source = $3 AND id = $4"
-            )
-            .into(),
-            dead: format!(
-                "INSERT INTO {schema}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
-                   first_failure, last_failure) \
-                 SELECT side, scope, shard, {MESSAGE}, position, $5, $6, false, \
-                   coalesce(first_failure, clock_timestamp()), clock_timestamp() \
-                 FROM {schema}.leave_line($1, $2, $3, $4) ON CONFLICT DO NOTHING"
-            )
-            .into(),
-            counts: format!(
+            )),
+            counts: text(format!(
                 "SELECT coalesce(sum(n), 0)::bigint AS total, coalesce(max(n), 0) AS longest FROM ( \
-                   SELECT count(*) AS n FROM {schema}.deferred WHERE side = $1 AND scope = $2 \
+                   SELECT count(*) AS n FROM {deferred} WHERE side = $1 AND scope = $2 \
                    GROUP BY line, topic, key) lines"
-            )
-            .into(),
-            uncopied: within(format!(
-                "SELECT {MESSAGE}, position, attempts, reason, maybe_sent FROM {schema}.dead_letter \
+            )),
+            uncopied: text(within_budget(&format!(
+                "SELECT {MESSAGE}, position, attempts, reason, maybe_sent FROM {{schema}}.dead_letter \
                  WHERE side = 'consumer' AND scope = $1 AND copied_at IS NULL ORDER BY seq LIMIT $2"
-            ))
-            .into(),
-            copied: format!(
+            ))),
+            copied: text(
                 "UPDATE {schema}.dead_letter d SET copied_at = clock_timestamp() \
                  FROM unnest($2::text[], $3::text[]) AS r (source, id) \
-                 WHERE d.side = 'consumer' AND d.scope = $1 AND d.source = r.source AND d.id = r.id AND d.copied_at IS NULL"
-            )
-            .into(),
+                 WHERE d.side = 'consumer' AND d.scope = $1 AND d.source = r.source AND d.id = r.id \
+                   AND d.copied_at IS NULL"
+                    .to_owned(),
+            ),
         }
     }
 
@@ -185,6 +156,48 @@ impl Statements {
     pub(super) fn alone(&self, place: &Place, id: &LineId) -> Query<'static> {
         place.bind_id(query(&self.alone), id)
     }
+}
+
+fn defer() -> String {
+    let failed = "CASE WHEN r.attempts > 0 THEN clock_timestamp() END";
+    format!(
+        "INSERT INTO {{schema}}.deferred (side, scope, shard, {MESSAGE}, position, attempts, reason, due, \
+           first_failure, last_failure) \
+         SELECT $1, $2, $3, {ROW}, clock_timestamp() + r.more * interval '1 millisecond', {failed}, {failed} FROM {}",
+        ROWS.replace("{more}", "bigint")
+    )
+}
+
+/// Out of their lines, if they have waited.
+fn bury() -> String {
+    format!(
+        "INSERT INTO {{schema}}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
+           first_failure, last_failure) \
+         SELECT $1, $2, $3, {ROW}, r.more, \
+           coalesce((SELECT d.first_failure FROM {{schema}}.leave_line($1, $2, r.source, r.id) d), clock_timestamp()), \
+           clock_timestamp() \
+         FROM {}",
+        ROWS.replace("{more}", "boolean")
+    )
+}
+
+/// A line's head as it stands.
+fn dead() -> String {
+    format!(
+        "INSERT INTO {{schema}}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
+           first_failure, last_failure) \
+         SELECT side, scope, shard, {MESSAGE}, position, $5, $6, false, \
+           coalesce(first_failure, clock_timestamp()), clock_timestamp() \
+         FROM {{schema}}.leave_line($1, $2, $3, $4) ON CONFLICT DO NOTHING"
+    )
+}
+
+/// The first of these rows, while those before them stay below the budget.
+fn within_budget(rows: &str) -> String {
+    format!(
+        "SELECT b.* FROM (SELECT b.*, sum(coalesce(octet_length(b.payload), 0)) OVER (ROWS UNBOUNDED PRECEDING) AS bytes \
+         FROM ({rows}) b) b WHERE b.bytes - coalesce(octet_length(b.payload), 0) < {BYTES}"
+    )
 }
 
 /// Whose exceptions: side, scope and shard of the rows.
