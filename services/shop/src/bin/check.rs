@@ -288,7 +288,7 @@ impl Facts {
     }
 
     fn print(&self, out: &mut impl std::io::Write, options: &Options) -> std::io::Result<()> {
-        let [inventory, orders] = &self.flows;
+        let [inventory, _] = &self.flows;
         let events = |kind: &str| inventory.committed.get(kind).copied().unwrap_or(0);
         writeln!(
             out,
@@ -329,6 +329,15 @@ impl Facts {
             self.products.iter().map(|p| p.sold).sum::<i64>(),
             self.products.iter().filter(below).count(),
         )?;
+        self.print_latencies(out, options)
+    }
+
+    fn print_latencies(
+        &self,
+        out: &mut impl std::io::Write,
+        options: &Options,
+    ) -> std::io::Result<()> {
+        let [inventory, orders] = &self.flows;
         let all: Vec<_> = inventory
             .times
             .iter()
