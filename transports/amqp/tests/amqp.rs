@@ -5,6 +5,7 @@
 
 #[path = "amqp/blocked.rs"]
 mod blocked;
+#[cfg(feature = "tls-ring")]
 #[path = "amqp/encryption.rs"]
 mod encryption;
 #[path = "amqp/faults.rs"]

@@ -266,6 +266,56 @@ async fn a_broker_that_is_away_and_a_wrong_password_are_told_apart_without_the_p
     assert_eq!(missing.kind(), Kind::Missing, "{missing}");
 }
 
+#[tokio::test]
+async fn sessions_that_are_over_leave_no_channels_and_no_tasks_behind() {
+    let Some(server) = servers::required(servers::rabbitmq().await) else {
+        return;
+    };
+    let url = server.create_vhost().await.unwrap();
+    let vhost = url.rsplit('/').next().unwrap();
+    let amqp = amqp(&url);
+    let binding = Binding {
+        topic: TOPIC.into(),
+        group: GROUP.into(),
+        kinds: vec![KIND.into()],
+    };
+    let source = amqp.bind(&binding).await.unwrap().remove(0);
+    drop(amqp.publisher().await.unwrap());
+    let tasks = || {
+        tokio::runtime::Handle::current()
+            .metrics()
+            .num_alive_tasks()
+    };
+    let before = tasks();
+    for n in 0..50 {
+        let publisher = amqp.publisher().await.unwrap();
+        let open = publisher.publish(events(n * 10..n * 10 + 10));
+        let reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
+        if n % 2 == 0 {
+            assert_all(&soon(open).await, "stored", None);
+            soon(reader.close()).await;
+        }
+    }
+    let settled = async {
+        while tasks() > before {
+            tokio::task::yield_now().await;
+        }
+        // Both connections stay, and each takes the place of no channel.
+        loop {
+            let list = server
+                .ctl(&["list_connections", "vhost", "channels"])
+                .await
+                .unwrap();
+            let ours = list.lines().filter(|line| line.starts_with(vhost));
+            let channels: Vec<_> = ours.map(|line| line.split('\t').nth(1)).collect();
+            if channels == [Some("0"); 2] {
+                break;
+            }
+        }
+    };
+    soon(settled).await;
+}
+
 /// In an outage the engine tries for days.
 #[tokio::test]
 async fn failed_connections_leave_no_tasks_behind() {
