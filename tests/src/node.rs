@@ -159,7 +159,11 @@ impl Node {
             }
         };
         let heard = tokio::time::timeout(Duration::from_secs(60), heard).await;
-        assert!(heard.is_ok(), "no {what:?}; it says:\n{}", self.last_words());
+        assert!(
+            heard.is_ok(),
+            "no {what:?}; it says:\n{}",
+            self.last_words()
+        );
     }
 
     /// SIGKILL; returns when it is gone.

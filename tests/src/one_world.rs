@@ -65,8 +65,16 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Embedded,
         "a broker's Ok says that its queues have the event, not its groups",
     ),
-    ("the_schemas_functions_enqueue_for_any_language", Servers, NO_FUNCTIONS),
-    ("statements_held_back_past_the_lease_change_nothing", Servers, NO_SERVER),
+    (
+        "the_schemas_functions_enqueue_for_any_language",
+        Servers,
+        NO_FUNCTIONS,
+    ),
+    (
+        "statements_held_back_past_the_lease_change_nothing",
+        Servers,
+        NO_SERVER,
+    ),
     (
         "broker_connections_that_break_in_mid_window",
         Servers,

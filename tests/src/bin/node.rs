@@ -172,7 +172,8 @@ impl Node {
         let handler = TickHandler::acting(move |delivery, _| {
             let key = delivery.event.key.clone().unwrap_or_default();
             say(&format!("handles {key} {}", delivery.event.n));
-            let fails = fails_each > 0 && delivery.event.n % fails_each == 0 && delivery.attempts == 0;
+            let fails =
+                fails_each > 0 && delivery.event.n % fails_each == 0 && delivery.attempts == 0;
             Box::pin(async move {
                 // Time is what the handler is asked to take.
                 tokio::time::sleep(work).await;

@@ -115,8 +115,16 @@ async fn two_processes_on_one_pair_of_databases(world: World) {
         second
             .says("another process runs the memory transport")
             .await;
-        assert!(!second.said().contains("works\n"), "{}", second.last_words());
-        assert!(!second.said().contains("handles"), "{}", second.last_words());
+        assert!(
+            !second.said().contains("works\n"),
+            "{}",
+            second.last_words()
+        );
+        assert!(
+            !second.said().contains("handles"),
+            "{}",
+            second.last_words()
+        );
     }
     // Killed, then ended: the other goes on each time.
     first.kill().await;

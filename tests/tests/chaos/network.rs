@@ -39,7 +39,7 @@ impl Behind {
         let (consumer, consumer_url) = Proxy::before(&world.urls.1).await.expect("a proxy");
         let config = amqp_config(&amqp, &world.group);
         let transport: Arc<dyn Transport> = Arc::new(Amqp::new(config).expect("a config"));
-        let outbox = Outbox::new(&connect(&producer_url));
+        let outbox = Outbox::new(connect(&producer_url));
         let relay = Relay::new(&outbox, transport.clone())
             .source("producer")
             .settings(World::relay_settings());

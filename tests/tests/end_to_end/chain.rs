@@ -59,7 +59,10 @@ struct Seen(Arc<Mutex<Vec<Message>>>);
 
 impl Seen {
     fn all(&self) -> Vec<Message> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 }
 
@@ -74,7 +77,10 @@ impl Handler<Tock> for Seen {
 async fn what_a_handler_enqueues_commits_with_its_effect(world: World) {
     let outbox = world.outbox().with_attribute("correlationid", "the-order");
     let answers = Outbox::new(&world.consumer);
-    let consumer = world.group_of(&world.group).on::<Tick>(Answer).retry(retry(&[50]));
+    let consumer = world
+        .group_of(&world.group)
+        .on::<Tick>(Answer)
+        .retry(retry(&[50]));
     let way = world.start(&outbox, consumer.outbox(&answers)).await;
     let seen = Seen::default();
     let mut reader = world.group_of("answers").on::<Tock>(seen.clone());
@@ -91,7 +97,11 @@ async fn what_a_handler_enqueues_commits_with_its_effect(world: World) {
     back.shutdown().await.expect("relay");
     reader.shutdown().await.expect("consumer");
 
-    assert_eq!(count(&world.consumer, "{t}outbox").await, 5, "one was undone with its handler");
+    assert_eq!(
+        count(&world.consumer, "{t}outbox").await,
+        5,
+        "one was undone with its handler"
+    );
     let log = tables::log(&world.producer).await;
     let seen = seen.all();
     assert_eq!(seen.len(), 5);
@@ -109,7 +119,9 @@ async fn what_a_handler_enqueues_commits_with_its_effect(world: World) {
 async fn a_statement_for_another_driver_is_an_enqueue(world: World) {
     let outbox = world.outbox();
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;
-    let message = Tick::new("a", 1).message("test.tick").with_header("mine", "x");
+    let message = Tick::new("a", 1)
+        .message("test.tick")
+        .with_header("mine", "x");
     let insert = outbox.insert(&message).expect("a statement");
     macro_rules! run {
         ($connection:expr) => {{
@@ -184,6 +196,9 @@ async fn the_schemas_functions_enqueue_for_any_language(world: World) {
     world.until_effects(2).await;
     way.stop().await;
     let effects = world.effects().await;
-    assert_eq!(effects.iter().map(|e| e.id.clone()).collect::<Vec<_>>(), ids);
+    assert_eq!(
+        effects.iter().map(|e| e.id.clone()).collect::<Vec<_>>(),
+        ids
+    );
     assert_eq!(effects.iter().map(|e| e.n).collect::<Vec<_>>(), [1, 2]);
 }
