@@ -25,7 +25,13 @@ use crate::suite::{Bench, acquire, term};
 const WRITERS: u32 = 16;
 const KEYS: u32 = 12;
 const PARTITIONS: u16 = 4;
-const WRITING: Duration = Duration::from_secs(6);
+
+/// How long they write; longer in a soak.
+fn writing() -> Duration {
+    let seconds = std::env::var("TEST_STRESS_SECONDS");
+    let seconds = seconds.ok().and_then(|s| s.parse().ok());
+    Duration::from_secs(seconds.unwrap_or(6))
+}
 
 /// What a reader has taken over for good: the numbers of each key in order, and of keyless events how many.
 #[derive(Default)]
@@ -59,7 +65,7 @@ async fn nothing_is_lost_doubled_or_out_of_order() {
     for writer in 1..=WRITERS {
         let connection = db.raw().await;
         writers.spawn(tokio::time::timeout(
-            WRITING * 5,
+            writing() + Duration::from_secs(60),
             scribble(connection, writer),
         ));
     }
@@ -102,7 +108,7 @@ async fn check(db: &Db, taken: Vec<Taken>) {
 async fn scribble(mut c: PgConnection, writer: u32) {
     let started = tokio::time::Instant::now();
     let mut turn = 0;
-    while started.elapsed() < WRITING {
+    while started.elapsed() < writing() {
         turn += 1;
         run(&mut c, "BEGIN").await;
         if random_range(0..3) == 0 {

@@ -126,6 +126,24 @@ async fn a_writer_needs_no_more_than_insert_on_the_contracts_columns() {
     }
 }
 
+/// The least rights of a relay and a consumer: nothing is created, and the log is neither changed nor emptied.
+#[tokio::test]
+async fn the_engine_owns_nothing() {
+    let Some(db) = Db::new().await else { return };
+    migrate_with(&db.database().await, 2).await.unwrap();
+    let role = format!("engine_{}", uuid::Uuid::now_v7().simple());
+    db.execute(&format!(
+        "CREATE ROLE {role} LOGIN PASSWORD 'w'; GRANT USAGE ON SCHEMA pillarbox TO {role}; \
+         GRANT SELECT ON ALL TABLES IN SCHEMA pillarbox TO {role}; GRANT INSERT ON {{outbox}} TO {role}; \
+         GRANT INSERT, UPDATE ON pillarbox.cursor, pillarbox.source_cursor, pillarbox.lease, \
+           {{inbox}}, pillarbox.inbox_timeless TO {role}; \
+         GRANT INSERT, UPDATE, DELETE ON pillarbox.token, {{deferred}}, {{dead_letter}} TO {role}"
+    ))
+    .await;
+    let theirs = super::over(db.options().username(&role).password("w"));
+    every_statement(&theirs).await;
+}
+
 /// A service that starts on a complete schema has no right to change it, and needs none.
 #[tokio::test]
 async fn migrating_a_complete_schema_needs_no_rights_to_create() {
