@@ -14,7 +14,7 @@ use std::{
 use sqlx::{
     AssertSqlSafe, Connection, PgConnection, PgPool, Postgres,
     pool::PoolConnection,
-    postgres::{PgArguments, PgPoolOptions, PgRow},
+    postgres::{PgArguments, PgRow},
 };
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::Instrument;
@@ -93,21 +93,14 @@ impl Engine {
                 connections = CONNECTIONS,
                 "the engine uses connections of its own, at most this many"
             );
-            PgPoolOptions::new()
-                .max_connections(CONNECTIONS)
+            // With the host's hooks: what it sets on each connection, its handlers find here too.
+            let pool = self.host.options().clone();
+            pool.max_connections(CONNECTIONS)
+                .min_connections(0)
                 .acquire_timeout(PATIENCE)
                 .idle_timeout(Duration::from_secs(60))
-                .after_connect(|connection, _| Box::pin(prepare(connection)))
+                // Asking each time would cost a trip; one that has died is noticed by its first statement.
                 .test_before_acquire(false)
-                // A busy connection was fine a moment ago; asking each time would cost a trip for each statement.
-                .before_acquire(|connection, meta| {
-                    Box::pin(async move {
-                        if meta.idle_for > Duration::from_secs(1) {
-                            connection.ping().await?;
-                        }
-                        Ok(true)
-                    })
-                })
                 .connect_lazy_with(options)
         })
     }
@@ -115,19 +108,48 @@ impl Engine {
     async fn connection(&self, operation: &'static str) -> Result<Session> {
         let connection = self.pool().acquire().await;
         let connection = connection.map_err(|e| self.failed(operation, e))?;
-        Ok(Session {
+        let mut session = Session {
             connection,
             clean: false,
             operation,
-        })
+        };
+        if !session.connection.is_in_transaction() {
+            let prepared = prepare(&mut session.connection).await;
+            prepared.map_err(|e| self.failed(operation, e))?;
+        }
+        Ok(session)
     }
 
-    /// One statement on its own.
-    pub(super) async fn fetch(&self, operation: &'static str, q: Query<'_>) -> Result<Vec<PgRow>> {
-        let mut session = self.connection(operation).await?;
-        let rows = q.fetch_all(&mut *session.connection).await;
-        session.clean = !matches!(&rows, Err(e) if must_recycle(e));
-        rows.map_err(|e| self.failed(operation, e))
+    /// One reading statement on its own. Run again on another connection when the first one turns out to be dead.
+    pub(super) async fn fetch<'q>(
+        &self,
+        operation: &'static str,
+        q: impl Fn() -> Query<'q>,
+    ) -> Result<Vec<PgRow>> {
+        let mut dead = 0;
+        loop {
+            let mut session = self.connection(operation).await?;
+            match q().fetch_all(&mut *session.connection).await {
+                Err(e) if is_dead(&e) && dead < CONNECTIONS => dead += 1,
+                rows => {
+                    session.clean = !matches!(&rows, Err(e) if must_recycle(e));
+                    return rows.map_err(|e| self.failed(operation, e));
+                }
+            }
+        }
+    }
+
+    /// A session that has begun: on another connection when the first one turns out to be dead.
+    async fn begun(&self, operation: &'static str, begin: String) -> Result<Session> {
+        let mut dead = 0;
+        loop {
+            let mut session = self.connection(operation).await?;
+            match session.script(begin.clone()).await {
+                Ok(()) => return Ok(session),
+                Err(e) if is_dead(&e) && dead < CONNECTIONS => dead += 1,
+                Err(e) => return Err(self.failed(operation, e)),
+            }
+        }
     }
 
     /// A transaction: READ COMMITTED whatever the host's default (under REPEATABLE READ each renewal that meets another fails
@@ -148,9 +170,8 @@ impl Engine {
             "{}{durable}; SET LOCAL enable_seqscan = off; SET LOCAL jit = off",
             begin_text(bound)
         );
-        let session = self.connection(operation).await?.begin(begin).await;
         Ok(Tx {
-            session: session.map_err(|e| self.failed(operation, e))?,
+            session: self.begun(operation, begin).await?,
             engine: self,
         })
     }
@@ -177,8 +198,7 @@ impl Engine {
             "{}{durable}; SET LOCAL pillarbox.unit = '{mark}'",
             begin_text(bound)
         );
-        let session = self.connection(operation).await?.begin(begin).await;
-        Ok((session.map_err(|e| self.failed(operation, e))?, permit))
+        Ok((self.begun(operation, begin).await?, permit))
     }
 
     /// By meaning. A lock or a statement that took too long may simply run again.
@@ -256,11 +276,6 @@ pub(super) struct Session {
 }
 
 impl Session {
-    async fn begin(mut self, text: String) -> sqlx::Result<Self> {
-        self.script(text).await?;
-        Ok(self)
-    }
-
     pub(super) fn connection(&mut self) -> &mut PgConnection {
         &mut self.connection
     }
@@ -364,6 +379,11 @@ fn breaks_connection(e: &Error) -> bool {
     std::error::Error::source(e)
         .and_then(|s| s.downcast_ref::<sqlx::Error>())
         .is_some_and(must_recycle)
+}
+
+/// Nobody has answered: what was asked on an idle connection that had died was never begun.
+fn is_dead(e: &sqlx::Error) -> bool {
+    is_away(e) && sqlstate(e).as_deref() != Some("25006")
 }
 
 /// The connection is broken, or leads to a server that is no longer the one that writes (read-only after a failover, in

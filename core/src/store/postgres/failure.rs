@@ -421,9 +421,11 @@ impl Inner {
     /// How many events wait.
     pub(super) async fn waiting(&self, side: Side, scope: &str) -> Result<Waiting> {
         const OPERATION: &str = "count what waits";
-        let q = query(&self.failure.counts)
-            .bind(side.as_str())
-            .bind(scope.to_owned());
+        let q = || {
+            query(&self.failure.counts)
+                .bind(side.as_str())
+                .bind(scope.to_owned())
+        };
         let rows = self.engine.fetch(OPERATION, q).await?;
         let read = |column| -> Result<u64> {
             let row = rows.first().ok_or(sqlx::Error::RowNotFound);
@@ -440,9 +442,11 @@ impl Inner {
     /// The oldest dead letters of a group without a copy at the broker.
     pub(super) async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>> {
         const OPERATION: &str = "look for dead letters to copy";
-        let q = query(&self.failure.uncopied)
-            .bind(group.to_owned())
-            .bind(i64::from(limit));
+        let q = || {
+            query(&self.failure.uncopied)
+                .bind(group.to_owned())
+                .bind(i64::from(limit))
+        };
         let rows = self.engine.fetch(OPERATION, q).await?;
         let letters: sqlx::Result<_> = rows.iter().map(dead_letter).collect();
         letters.map_err(|e| self.engine.failed(OPERATION, e))

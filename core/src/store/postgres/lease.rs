@@ -220,7 +220,7 @@ impl Inner {
         // Most tries meet a lease that is held: they take no lock and no transaction.
         let seen = self
             .engine
-            .fetch(OPERATION, bind_key(query(&table.peek), key))
+            .fetch(OPERATION, || bind_key(query(&table.peek), key))
             .await?;
         let free = seen.first().map(|row| row.try_get::<bool, _>("free"));
         if let Some(Ok(false)) = free {

@@ -120,7 +120,7 @@ impl Inner {
     async fn installed(&self, operation: &'static str) -> Result<Installed> {
         let rows = self
             .engine
-            .fetch(operation, query(&self.schema.partitions))
+            .fetch(operation, || query(&self.schema.partitions))
             .await?;
         self.check(operation, rows.into_iter().next())
     }

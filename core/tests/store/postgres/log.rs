@@ -170,6 +170,27 @@ async fn a_base_that_is_too_low_repeats_nothing() {
     assert_eq!(names(&**store, low, 1).await.0, ["late", "c"]);
 }
 
+/// Also of what is on disk: only behind the gate is it known that the reader's place is still one.
+#[tokio::test]
+async fn every_slice_has_a_gate() {
+    let Some((db, database)) = Db::migrated().await else {
+        return;
+    };
+    let store = database.store();
+    let mut raw = db.raw().await;
+    let acquired = acquire(&**store, &relay()).await;
+    for name in ["a", "b", "c"] {
+        write(&mut raw, name).await;
+    }
+    let first = store.read(0, &acquired.progress, 2).await.unwrap();
+    let second = store.read(0, &first.end.unwrap(), 2).await.unwrap();
+    let none = store.read(0, &second.end.unwrap(), 2).await.unwrap();
+    assert_eq!(none.gate, None);
+    for gate in [first.gate.unwrap(), second.gate.unwrap()] {
+        store.flush(&acquired.lease, &gate).await.unwrap();
+    }
+}
+
 /// Rows are read while those before them stay below 32 MiB, however many are asked for.
 #[tokio::test]
 async fn a_read_is_bounded_in_bytes() {
@@ -275,8 +296,7 @@ async fn the_gate_is_open_once_the_log_is_on_disk() {
     run(&mut raw, "SET synchronous_commit = off").await;
     write(&mut raw, "a").await;
     let slice = store.read(0, &acquired.progress, 10).await.unwrap();
-    // Unless the server has flushed meanwhile of its own accord.
-    let Some(gate) = slice.gate else { return };
+    let gate = slice.gate.unwrap();
     store.flush(&acquired.lease, &gate).await.unwrap();
     let passed = format!("SELECT (pg_current_wal_flush_lsn() >= '{}')::text", gate.0);
     assert_eq!(text(&mut raw, &passed).await, "true");

@@ -179,6 +179,28 @@ async fn handlers_have_the_hosts_settings() {
     }
 }
 
+/// What the host does to each of its connections is done to the engine's, in which its handlers write.
+#[tokio::test]
+async fn handlers_have_the_hosts_connections() {
+    let Some((db, _)) = ready().await else { return };
+    db.execute("CREATE SCHEMA shop; CREATE TABLE shop.orders (n int)")
+        .await;
+    let pool = sqlx::postgres::PgPoolOptions::new().after_connect(|connection, _| {
+        Box::pin(async move {
+            run(connection, "SET search_path = shop").await;
+            Ok(())
+        })
+    });
+    let database = pillarbox_core::Database::from(&pool.connect_lazy_with(db.options()));
+    let store = database.store();
+    let lease = acquire(&**store, &group()).await.lease;
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    run(connection(&mut *unit), "INSERT INTO orders VALUES (1)").await;
+    assert!(connection(&mut *unit).is_in_transaction());
+    unit.commit(&lease, term()).await.unwrap();
+    assert_eq!(db.number("SELECT count(*) FROM shop.orders").await, 1);
+}
+
 /// Slow handlers take no connection that a renewal needs.
 #[tokio::test]
 async fn handlers_leave_connections_for_renewals() {
