@@ -47,7 +47,7 @@ impl Task {
             consumer: Some(world.urls.1.clone()),
             amqp: world.amqp_url.clone(),
             group: world.group.clone(),
-            lease_ms: 1_000,
+            lease_ms: 2_000,
             hold_acks: false,
             work_ms: 0,
             fails_each: 0,
