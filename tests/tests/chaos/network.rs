@@ -123,8 +123,14 @@ async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
     }
     // A pool may have another connection left: only that one has ended can be waited for.
     let ended = proxy.wait_for(|now| now.connections - now.open > before.connections - before.open);
-    if tokio::time::timeout(Duration::from_secs(30), ended).await.is_err() {
-        panic!("no connection has ended by {kind}: {before:?}, {:?}", proxy.counters());
+    if tokio::time::timeout(Duration::from_secs(30), ended)
+        .await
+        .is_err()
+    {
+        panic!(
+            "no connection has ended by {kind}: {before:?}, {:?}",
+            proxy.counters()
+        );
     }
 }
 
