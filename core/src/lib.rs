@@ -1,5 +1,8 @@
 //! The engine of Pillarbox. Use it through the package `pillarbox`.
 
+#[cfg(not(any(feature = "postgres", feature = "sqlite")))]
+compile_error!("pillarbox needs a database: switch on its feature `postgres` or `sqlite`");
+
 mod backoff;
 pub mod config;
 pub mod connection;

@@ -139,11 +139,12 @@ impl Report {
 
     /// The trouble is over. True if there was one.
     pub(crate) fn clear(&self, what: &str) -> bool {
-        // Called for every confirm, and nearly always for nothing.
-        if self.health.borrow().trouble.is_none() {
-            return false;
-        }
-        self.change(|troubles| troubles.remove(what).is_some())
+        self.is_troubled() && self.change(|troubles| troubles.remove(what).is_some())
+    }
+
+    /// Cheap: asked at every confirm, and nearly always in vain.
+    pub(crate) fn is_troubled(&self) -> bool {
+        self.health.borrow().trouble.is_some()
     }
 
     /// What concerned something that is no longer this process's is no trouble of its own.

@@ -20,7 +20,8 @@ use crate::{
 
 /// Looks at least this often: another process may have deferred something.
 const POLL: Duration = Duration::from_secs(1);
-/// Its names in the consumer's health: of the database's trouble, and of the handlers'.
+/// Its names in the consumer's health: of its lease's trouble, of the database's, and of the handlers'.
+const LEASE: &str = "deferred lines' lease";
 const PUMP: &str = "deferred lines";
 const EVENTS: &str = "deferred events";
 /// Lines looked at, and events of a line applied, at a time.
@@ -37,6 +38,7 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
         let sent = Instant::now();
         let wait = match core.store.acquire(&key, core.settings.lease).await {
             Ok(Some(acquired)) => {
+                core.clear(LEASE);
                 let lease = acquired.lease;
                 let keeper =
                     Keeper::start(core.store.clone(), lease.clone(), core.settings.lease, sent);
@@ -52,11 +54,18 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
                         backoff.reset();
                         Duration::ZERO
                     }
+                    Err(e) if e.kind() == Kind::LeaseLost => backoff.step(),
                     Err(e) => core.waits(PUMP, e, &mut backoff)?,
                 }
             }
-            Ok(None) => core.settings.lease.renewal() / 2,
-            Err(e) => core.waits(PUMP, e, &mut backoff)?,
+            Ok(None) => {
+                // Another's now, with its troubles.
+                core.clear(LEASE);
+                core.clear(PUMP);
+                core.clear(EVENTS);
+                core.settings.lease.renewal() / 2
+            }
+            Err(e) => core.waits(LEASE, e, &mut backoff)?,
         };
         tokio::select! {
             biased;
@@ -72,7 +81,10 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
     loop {
         let mut next = POLL;
         let lines = core.store.lines(lease, BATCH).await?;
-        core.clear(PUMP);
+        if lines.is_empty() {
+            core.clear(PUMP);
+            core.clear(EVENTS);
+        }
         for line in lines {
             if stop.is_cancelled() {
                 return Ok(());
@@ -142,6 +154,7 @@ async fn drain_line(
 }
 
 fn goes_on(core: &Core, applied: &Applied) -> bool {
+    core.clear(PUMP);
     core.clear(EVENTS);
     !applied.waits
 }

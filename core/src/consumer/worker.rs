@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     backoff::Backoff,
-    error::{Error, Result},
+    error::{Error, Kind, Result},
     lease::{Acquired, Keeper, Lease, LeaseKey},
 };
 
@@ -26,18 +26,27 @@ pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> 
         source: source.clone(),
     };
     let mut backoff = Backoff::connection();
+    let trouble = Troubles::new(&source);
     while !stop.is_cancelled() {
         let sent = Instant::now();
         let wait = match core.store.acquire(&key, core.settings.lease).await {
             Ok(Some(acquired)) => {
-                let ended = hold(&core, &source, acquired, sent, &stop).await;
-                match core.ended(&source.name, ended, &mut backoff)? {
-                    Some(wait) => wait,
-                    None => continue,
+                core.clear(&trouble.lease);
+                match hold(&core, &source, &trouble, acquired, sent, &stop).await {
+                    Ok(()) => {
+                        backoff.reset();
+                        continue;
+                    }
+                    Err(e) if e.kind() == Kind::LeaseLost => backoff.step(),
+                    Err(e) => core.waits(trouble.of(&e), e, &mut backoff)?,
                 }
             }
-            Ok(None) => core.settings.lease.renewal() / 2,
-            Err(e) => core.waits(&source.name, e, &mut backoff)?,
+            Ok(None) => {
+                // Another's now, with its troubles.
+                trouble.all().into_iter().for_each(|what| core.clear(what));
+                core.settings.lease.renewal() / 2
+            }
+            Err(e) => core.waits(&trouble.lease, e, &mut backoff)?,
         };
         tokio::select! {
             biased;
@@ -48,26 +57,41 @@ pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> 
     Ok(())
 }
 
-impl Core {
-    /// After a session: wait how long before the next? None: none at all.
-    fn ended(
-        &self,
-        what: &str,
-        ended: Result<()>,
-        backoff: &mut Backoff,
-    ) -> Result<Option<Duration>> {
-        match ended {
-            Ok(()) => {
-                backoff.reset();
-                Ok(None)
-            }
-            Err(e) => self.waits(what, e, backoff).map(Some),
+/// The names of a source's troubles in the consumer's health: one that is over must not end another's.
+struct Troubles {
+    lease: String,
+    /// Over when it is subscribed.
+    broker: String,
+    /// Over when an event is stored.
+    events: String,
+}
+
+impl Troubles {
+    fn new(source: &Source) -> Self {
+        Self {
+            lease: format!("{} lease", source.name),
+            broker: source.name.clone(),
+            events: format!("{} events", source.name),
         }
     }
 
+    fn of(&self, e: &Error) -> &str {
+        if e.kind() == Kind::Transport {
+            &self.broker
+        } else {
+            &self.events
+        }
+    }
+
+    fn all(&self) -> [&str; 3] {
+        [&self.lease, &self.broker, &self.events]
+    }
+}
+
+impl Core {
     /// Notes a trouble that passes and answers how long to wait; what does not pass ends the consumer.
     pub(super) fn waits(&self, what: &str, e: Error, backoff: &mut Backoff) -> Result<Duration> {
-        if !e.is_temporary() && e.kind() != crate::error::Kind::Database {
+        if !e.is_temporary() && e.kind() != Kind::Database {
             return Err(e);
         }
         self.note(what, &e.to_string());
@@ -79,6 +103,7 @@ impl Core {
 async fn hold(
     core: &Core,
     source: &Source,
+    trouble: &Troubles,
     acquired: Acquired,
     sent: Instant,
     stop: &CancellationToken,
@@ -103,30 +128,14 @@ async fn hold(
         }
     };
     core.report.held(true);
-    core.clear(&source.name);
+    core.clear(&trouble.broker);
     tracing::info!(group = %core.group, source = %source.name, epoch = lease.epoch, "consuming");
-    let result = consume(core, source, &lease, &keeper, &mut *subscription, stop).await;
-    core.report.held(false);
-    // The channel first: only then does the broker give the rest to nobody but the next owner, in order.
-    subscription.close().await;
-    drop(keeper);
-    core.store.release(&lease).await?;
-    result
-}
-
-async fn consume(
-    core: &Core,
-    source: &Source,
-    lease: &Lease,
-    keeper: &Keeper,
-    subscription: &mut dyn Subscription,
-    stop: &CancellationToken,
-) -> Result<()> {
     let mut session = Session {
         core,
         source,
-        lease,
-        keeper,
+        trouble,
+        lease: &lease,
+        keeper: &keeper,
         stop,
         settled: Settled {
             position: None,
@@ -134,22 +143,13 @@ async fn consume(
             at: Instant::now(),
         },
     };
-    while !stop.is_cancelled() {
-        let batch = tokio::select! {
-            biased;
-            () = stop.cancelled() => break,
-            () = keeper.lost().cancelled() => return Ok(()),
-            batch = collect(subscription, core.settings.batch) => batch?,
-        };
-        tokio::select! {
-            biased;
-            // Dropping the transaction undoes it; its fence would refuse it anyhow.
-            () = keeper.lost().cancelled() => return Ok(()),
-            () = overstayed(stop, core.settings.drain) => return Ok(()),
-            stored = session.store(batch) => stored?,
-        }
-    }
-    session.settled.write(core, lease, true).await
+    let result = session.consume(&mut *subscription).await;
+    core.report.held(false);
+    // The channel first: only then does the broker give the rest to nobody but the next owner, in order.
+    subscription.close().await;
+    drop(keeper);
+    core.store.release(&lease).await?;
+    result
 }
 
 /// Resolves when a stop has waited for as long as it may.
@@ -161,6 +161,7 @@ async fn overstayed(stop: &CancellationToken, drain: Duration) {
 struct Session<'a> {
     core: &'a Core,
     source: &'a Source,
+    trouble: &'a Troubles,
     lease: &'a Lease,
     keeper: &'a Keeper,
     stop: &'a CancellationToken,
@@ -168,6 +169,26 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
+    async fn consume(&mut self, subscription: &mut dyn Subscription) -> Result<()> {
+        let (core, keeper, stop) = (self.core, self.keeper, self.stop);
+        while !stop.is_cancelled() {
+            let batch = tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                () = keeper.lost().cancelled() => return Ok(()),
+                batch = collect(subscription, core.settings.batch) => batch?,
+            };
+            tokio::select! {
+                biased;
+                // Dropping the transaction undoes it; its fence would refuse it anyhow.
+                () = keeper.lost().cancelled() => return Ok(()),
+                () = overstayed(stop, core.settings.drain) => return Ok(()),
+                stored = self.store(batch) => stored?,
+            }
+        }
+        self.settled.write(core, self.lease, true).await
+    }
+
     /// Stores a batch, in one transaction or event by event, and acknowledges what is stored. Goes on for as long as the
     /// lease lasts; an outage is left to the session's end, which returns the rest to the broker, as a stop does.
     async fn store(&mut self, batch: Vec<Delivery>) -> Result<()> {
@@ -190,7 +211,7 @@ impl Session<'_> {
                 Err(Undone::Alone(reason)) if !reason.is_empty() => overdue = Some(reason),
                 Err(Undone::Alone(_)) => self.wait(&mut backoff).await,
                 Err(Undone::Unavailable(reason)) => {
-                    self.core.note(&self.source.name, &reason);
+                    self.core.note(&self.trouble.events, &reason);
                     self.wait(&mut backoff).await;
                 }
             }
@@ -211,7 +232,7 @@ impl Session<'_> {
     }
 
     async fn acknowledge(&mut self, acks: impl Iterator<Item = (Option<u64>, Ack)>) -> Result<()> {
-        self.core.clear(&self.source.name);
+        self.core.clear(&self.trouble.events);
         for (position, ack) in acks {
             self.settled.position = position.or(self.settled.position);
             ack.ack().await?;
@@ -284,7 +305,7 @@ fn split(delivery: Delivery) -> (Incoming, (Option<u64>, Ack)) {
 
 fn lost(lease: &Lease) -> Error {
     Error::new(
-        crate::error::Kind::LeaseLost,
+        Kind::LeaseLost,
         "consume",
         format!("another owner has {}", lease.key),
     )

@@ -195,6 +195,7 @@ impl Relay {
                 () = tokio::time::sleep(backoff.step()) => {}
             }
         };
+        core.goes_on("database");
         core.report.expect(usize::from(partitions));
         let mut tasks = tokio::task::JoinSet::new();
         for partition in 0..partitions {

@@ -245,6 +245,8 @@ impl Store for ModelStore {
         None
     }
 
+    async fn close(&self) {}
+
     fn schema(&self) -> &str {
         "simulation"
     }

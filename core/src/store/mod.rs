@@ -34,6 +34,9 @@ pub trait Store: Send + Sync + 'static {
     /// The host's pool, none for the simulation's store.
     fn pool(&self) -> Option<Pool>;
 
+    /// Closes the host's pool and the engine's own, once their connections are given back.
+    async fn close(&self);
+
     /// Schema name (PostgreSQL) or table prefix (SQLite), checked and ready to stand in a statement.
     fn schema(&self) -> &str;
 

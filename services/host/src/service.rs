@@ -158,8 +158,11 @@ async fn prepare(settings: &Settings, migrations: &Migrations) -> Result<Databas
     Ok(database)
 }
 
+/// How long a stop waits for a database's connections.
+const CLOSING: Duration = Duration::from_secs(5);
+
 /// Runs services until `stop`: HTTP, relays and consumers of all of them. Then HTTP finishes its requests, then the
-/// relays theirs, then the consumers.
+/// relays theirs, then the consumers; the databases are closed last.
 ///
 /// # Errors
 /// What ended one of them; the others are stopped then.
@@ -170,8 +173,9 @@ pub async fn run(
 ) -> Result<(), Fatal> {
     let (stop_http, stop_engine) = (CancellationToken::new(), CancellationToken::new());
     let mut http = JoinSet::new();
-    let mut engines = Vec::new();
+    let (mut engines, mut databases) = (Vec::new(), Vec::new());
     for (service, listening) in services {
+        databases.push(service.database().clone());
         let status = Status::new();
         let settings = service.http().clone();
         let routes = service.clone().routes();
@@ -206,6 +210,10 @@ pub async fn run(
     stop_engine.cancel();
     if !engine_ended {
         ended = ended.and(flatten(engine.await));
+    }
+    for database in databases {
+        // A connection that somebody still holds must not keep the process.
+        let _ = tokio::time::timeout(CLOSING, database.close()).await;
     }
     ended
 }

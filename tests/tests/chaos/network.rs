@@ -96,6 +96,9 @@ impl Load {
     }
 }
 
+/// How many kinds of fault there are.
+const KINDS: u32 = 6;
+
 /// One fault on the wire, somewhere in what is under way.
 async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
     let direction = if rng.random() {
@@ -113,10 +116,11 @@ async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
         // In the middle of a frame, at nearly every number.
         2 => proxy.reset_after_bytes(direction, bytes),
         3 => proxy.cut_after_bytes(direction, bytes),
+        // Answers are on their way and never come; or what is asked never arrives.
         _ => {
-            // Answers are on their way and never come.
-            proxy.hold(direction);
-            tokio::time::sleep(Duration::from_millis(rng.random_range(50..500))).await;
+            let held = [Direction::ToClient, Direction::ToServer];
+            proxy.hold(held[usize::from(kind == 5)]);
+            tokio::time::sleep(Duration::from_millis(rng.random_range(200..500))).await;
             proxy.reset();
             proxy.release();
         }
@@ -135,7 +139,7 @@ async fn break_connections(proxy: &Proxy, kind: u32, rng: &mut StdRng) {
 }
 
 fn rounds() -> u32 {
-    if is_soak() { 200 } else { 10 }
+    if is_soak() { 200 } else { 2 * KINDS }
 }
 
 async fn broker_connections_that_break_in_mid_window(world: World) {
@@ -144,7 +148,7 @@ async fn broker_connections_that_break_in_mid_window(world: World) {
     let load = Load::start(&world, seed).await;
     let behind = &load.behind;
     for round in 0..rounds() {
-        break_connections(&behind.broker, round % 5, &mut rng).await;
+        break_connections(&behind.broker, round % KINDS, &mut rng).await;
         Behind::goes_on(&world).await;
     }
     // Confirms and deliveries that come late, but come.
@@ -197,7 +201,7 @@ async fn database_connections_that_break_in_mid_work(world: World) {
         } else {
             &behind.consumer
         };
-        break_connections(victim, round % 5, &mut rng).await;
+        break_connections(victim, round % KINDS, &mut rng).await;
         Behind::goes_on(&world).await;
     }
     let ledger = load.end(&world).await;

@@ -6,7 +6,7 @@ use futures_util::FutureExt;
 use pillarbox_transport::{Outcome, Publisher};
 use tokio::time::Instant;
 
-use super::{Done, Pause, Session};
+use super::{BROKER, Done, Pause, Session};
 use crate::{backoff::Backoff, error::Result, store::Logged, window::Attempt};
 
 impl Session<'_> {
@@ -27,12 +27,11 @@ impl Session<'_> {
                 self.publisher = Some(publisher);
                 // Nothing is there whose confirm would show it.
                 if self.window.is_empty() {
-                    self.core.goes_on(&self.trouble_with("broker"));
+                    self.goes_on(BROKER);
                 }
             }
             Err(e) => {
-                self.core
-                    .waits(&self.trouble_with("broker"), &e.to_string());
+                self.waits(BROKER, &e.to_string());
                 self.open_at = Instant::now() + self.open_backoff.step();
             }
         }
@@ -100,17 +99,20 @@ impl Session<'_> {
         let (topic, kind) = (event.message.topic.clone(), event.message.kind.clone());
         self.count(&outcome);
         match outcome {
-            Outcome::Stored => self.confirm(attempt, &topic),
-            Outcome::Retry(e) if self.is_accepted(&kind, &e) => self.confirm(attempt, &topic),
-            Outcome::Unavailable(e) if self.is_accepted(&kind, &e) => self.confirm(attempt, &topic),
             Outcome::Unknown(e) => {
                 self.unsure.insert(attempt.seq);
                 self.window.again(attempt);
-                self.lose_publisher(&e);
+                return self.lose_publisher(&e);
             }
-            Outcome::Unavailable(e) => {
+            Outcome::Unavailable(e) if !self.is_accepted(&kind, &e) => {
                 self.window.again(attempt);
-                self.pause(topic, &e);
+                return self.pause(topic, &e);
+            }
+            Outcome::Stored | Outcome::Unavailable(_) => {
+                self.window.settle(attempt);
+            }
+            Outcome::Retry(e) if self.is_accepted(&kind, &e) => {
+                self.window.settle(attempt);
             }
             Outcome::Retry(e) => match self.core.retry.after(1) {
                 Some(delay) => {
@@ -121,20 +123,15 @@ impl Session<'_> {
             },
             Outcome::Rejected(e) => self.bury(attempt, e.to_string()),
         }
+        self.answers(&topic);
     }
 
-    pub(super) fn confirm(&mut self, attempt: Attempt, topic: &str) {
-        self.window.settle(attempt);
-        self.stored(topic);
-    }
-
-    /// The broker takes events of this topic.
-    pub(super) fn stored(&mut self, topic: &str) {
+    /// The broker takes events of this topic, or says what is wrong with one: it is not away.
+    pub(super) fn answers(&mut self, topic: &str) {
         self.open_backoff.reset();
-        self.core.goes_on(&self.trouble_with("broker"));
-        if self.paused.remove(topic).is_some() {
-            self.core.goes_on(&self.trouble_with(topic));
-        }
+        self.paused.remove(topic);
+        self.goes_on(BROKER);
+        self.goes_on(topic);
     }
 
     pub(super) fn is_accepted(&self, kind: &str, e: &pillarbox_transport::Error) -> bool {
@@ -144,15 +141,14 @@ impl Session<'_> {
     /// The session is dead: what is still open on it resolves by itself, and nothing more is given to it.
     pub(super) fn lose_publisher(&mut self, e: &pillarbox_transport::Error) {
         if self.publisher.take().is_some() {
-            self.core
-                .waits(&self.trouble_with("broker"), &e.to_string());
+            self.waits(BROKER, &e.to_string());
             self.open_at = Instant::now() + self.open_backoff.step();
         }
     }
 
     /// The broker's trouble, not the event's: the topic waits, nothing is counted.
     pub(super) fn pause(&mut self, topic: String, e: &pillarbox_transport::Error) {
-        self.core.waits(&self.trouble_with(&topic), &e.to_string());
+        self.waits(&topic, &e.to_string());
         let now = Instant::now();
         let fresh = || Pause {
             until: now,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::{super::lines::LineName, DEFERRALS, Done, Session};
+use super::{super::lines::LineName, BURYING, DEFERRALS, DEFERRING, Done, Session};
 use crate::{
     error::{Error, Kind, Result},
     event::Key,
@@ -73,9 +73,9 @@ impl Session<'_> {
             }
             self.window.not_deferred(seqs);
             self.defer_at = now + Duration::from_secs(1);
-            return self.trouble(e);
+            return self.trouble(DEFERRING, e);
         }
-        self.core.goes_on(&self.trouble_with("database"));
+        self.goes_on(DEFERRING);
         self.lines_grew(seqs, now);
         for seq in seqs {
             self.failed.remove(seq);
@@ -107,14 +107,16 @@ impl Session<'_> {
             reason,
             maybe_sent: self.unsure.contains(&attempt.seq),
         };
-        self.log_dead(&dead.message, &dead.reason);
         let (store, lease) = (self.store.clone(), self.lease.clone());
-        let write = async move { store.bury(&lease, &[dead]).await };
-        self.work.push(
-            write
-                .map(move |result| Done::Buried(attempt, result))
-                .boxed(),
-        );
+        let write = async move {
+            let result = store.bury(&lease, std::slice::from_ref(&dead)).await;
+            if result.is_err() {
+                // It is tried again at once, and the broker asked anew: not in a rush.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            Done::Buried(attempt, dead.reason, result)
+        };
+        self.work.push(write.boxed());
     }
 
     pub(super) fn log_dead(&self, message: &pillarbox_transport::Message, reason: &str) {
@@ -122,15 +124,24 @@ impl Session<'_> {
     }
 
     /// Until its row is known to be committed it is its key's unconfirmed event.
-    pub(super) fn buried(&mut self, attempt: Attempt, result: Result<()>) -> Result<()> {
+    pub(super) fn buried(
+        &mut self,
+        attempt: Attempt,
+        reason: &str,
+        result: Result<()>,
+    ) -> Result<()> {
         match result {
             Ok(()) => {
+                if let Some(event) = self.window.get(attempt.seq) {
+                    self.log_dead(&event.message, reason);
+                }
+                self.goes_on(BURYING);
                 self.window.settle(attempt);
                 Ok(())
             }
             Err(e) => {
                 self.window.again(attempt);
-                self.trouble(e)
+                self.trouble(BURYING, e)
             }
         }
     }

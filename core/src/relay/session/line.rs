@@ -6,7 +6,7 @@ use futures_util::FutureExt;
 use pillarbox_transport::Outcome;
 use tokio::time::Instant;
 
-use super::{super::lines::LineName, Done, Session};
+use super::{super::lines::LineName, Done, LINE, Session};
 use crate::{
     error::Result,
     failure::{Deferred, Resolution},
@@ -31,6 +31,9 @@ impl Session<'_> {
         head: Result<Option<Deferred>>,
     ) -> Result<()> {
         let now = Instant::now();
+        if head.is_ok() {
+            self.goes_on(LINE);
+        }
         let event = match head {
             Ok(Some(event)) => event,
             Ok(None) => {
@@ -43,7 +46,7 @@ impl Session<'_> {
             }
             Err(e) => {
                 self.lines.wait(&name, now + Duration::from_secs(1));
-                return self.trouble(e);
+                return self.trouble(LINE, e);
             }
         };
         let paused = self
@@ -86,10 +89,7 @@ impl Session<'_> {
         self.count(&outcome);
         let attempts = event.attempts.saturating_add(1);
         let resolution = match outcome {
-            Outcome::Stored => {
-                self.stored(&event.message.topic);
-                Resolution::Done
-            }
+            Outcome::Stored => Resolution::Done,
             Outcome::Retry(e) | Outcome::Unavailable(e)
                 if self.is_accepted(&event.message.kind, &e) =>
             {
@@ -119,6 +119,7 @@ impl Session<'_> {
                 return self.line_waits(&name, Duration::from_millis(100));
             }
         };
+        self.answers(&event.message.topic);
         if let Resolution::Dead { reason, .. } = &resolution {
             self.log_dead(&event.message, reason);
         }
@@ -154,7 +155,7 @@ impl Session<'_> {
             // Unknown: the row tells, when it is read again.
             Err(e) => {
                 self.line_waits(name, Duration::from_millis(100));
-                self.trouble(e)
+                self.trouble(LINE, e)
             }
         }
     }

@@ -3,10 +3,10 @@
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
-use super::{Done, Session};
+use super::{Done, READING, SETTLING, Session};
 use crate::{
     cursor::Progress,
-    error::{Error, Kind, Result},
+    error::Result,
     event::Key,
     store::{Logged, Slice},
 };
@@ -44,11 +44,11 @@ impl Session<'_> {
             Ok(slice) => slice,
             Err(e) => {
                 self.poll_at = now + self.read_backoff.step();
-                return self.trouble(e);
+                return self.trouble(READING, e);
             }
         };
         self.read_backoff.reset();
-        self.core.goes_on(&self.trouble_with("database"));
+        self.goes_on(READING);
         self.from = match (&slice.end, slice.events.last()) {
             (Some(end), _) => end.clone(),
             (None, Some(last)) => slice.within.at(last.position),
@@ -152,23 +152,14 @@ impl Session<'_> {
         match result {
             Ok(()) => {
                 self.keeper.renewed(sent);
+                self.goes_on(SETTLING);
                 Ok(())
             }
             Err(e) => {
                 // A newer one may be waiting already.
                 self.unsettled.get_or_insert(progress);
-                self.trouble(e)
+                self.trouble(SETTLING, e)
             }
         }
-    }
-
-    /// What ends the session is an error; the rest is noted and tried again.
-    pub(super) fn trouble(&self, e: Error) -> Result<()> {
-        if e.kind() == Kind::LeaseLost || !(e.is_temporary() || e.kind() == Kind::Database) {
-            return Err(e);
-        }
-        self.core
-            .waits(&self.trouble_with("database"), &e.to_string());
-        Ok(())
     }
 }

@@ -23,7 +23,7 @@ use super::{Core, lines::LineName, lines::Lines, trail::Trail};
 use crate::{
     backoff::Backoff,
     cursor::Progress,
-    error::Result,
+    error::{Error, Kind, Result},
     failure::Deferred,
     lease::{Acquired, Keeper, Lease},
     store::{Logged, Slice, Store},
@@ -35,13 +35,21 @@ const DEFERRALS: usize = 500;
 /// Most lines looked at when a partition is taken over; the maximum of deferred events bounds them.
 const LINES: u32 = 1_000_000;
 
+/// What may meet trouble: each has a name of its own in the relay's health, or one that works would end another's trouble.
+pub(super) const READING: &str = "reading";
+const SETTLING: &str = "settling";
+const DEFERRING: &str = "deferring";
+const BURYING: &str = "dead letters";
+const LINE: &str = "deferred events";
+const BROKER: &str = "broker";
+
 /// What was under way and is done.
 enum Done {
     Opened(Result<Box<dyn Publisher>, pillarbox_transport::Error>),
     Read(Result<Slice>),
     Published(Vec<Attempt>, Vec<Outcome>),
     Deferred(Vec<Seq>, bool, Result<()>),
-    Buried(Attempt, Result<()>),
+    Buried(Attempt, String, Result<()>),
     Settled(Progress, Instant, Result<()>),
     Line(LineName, Result<Option<Deferred>>),
     LinePublished(LineName, Box<Deferred>, Outcome),
@@ -195,8 +203,24 @@ impl<'a> Session<'a> {
         }
     }
 
-    fn trouble_with(&self, what: &str) -> String {
-        trouble_with(self.partition, what)
+    /// A trouble is noted; what ends the session is an error.
+    fn trouble(&self, what: &str, e: Error) -> Result<()> {
+        if e.kind() == Kind::LeaseLost || !(e.is_temporary() || e.kind() == Kind::Database) {
+            return Err(e);
+        }
+        self.waits(what, &e.to_string());
+        Ok(())
+    }
+
+    fn waits(&self, what: &str, trouble: &str) {
+        self.core
+            .waits(&trouble_with(self.partition, what), trouble);
+    }
+
+    fn goes_on(&self, what: &str) {
+        if self.core.report.is_troubled() {
+            self.core.goes_on(&trouble_with(self.partition, what));
+        }
     }
 
     fn is_quiet(&self) -> bool {
@@ -268,7 +292,7 @@ impl<'a> Session<'a> {
             Done::Read(read) => return self.read_done(read),
             Done::Published(attempts, outcomes) => self.published(&attempts, outcomes),
             Done::Deferred(seqs, tried, result) => return self.deferred(&seqs, tried, result),
-            Done::Buried(attempt, result) => return self.buried(attempt, result),
+            Done::Buried(attempt, reason, result) => return self.buried(attempt, &reason, result),
             Done::Settled(progress, sent, result) => return self.settled(progress, sent, result),
             Done::Line(name, head) => return self.line_loaded(name, head),
             Done::LinePublished(name, event, outcome) => self.line_published(name, *event, outcome),

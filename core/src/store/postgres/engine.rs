@@ -80,6 +80,13 @@ impl Engine {
         LeaseTerm::new(Duration::from_millis(self.term.load(Ordering::Relaxed)))
     }
 
+    pub(super) async fn close(&self) {
+        if let Some(own) = self.pool.get() {
+            own.close().await;
+        }
+        self.host.close().await;
+    }
+
     /// Made at the first use: building a `Database` neither connects nor needs a runtime.
     fn pool(&self) -> &PgPool {
         self.pool.get_or_init(|| {

@@ -77,6 +77,10 @@ impl Store for Postgres {
         Some(Pool::Postgres(self.0.engine.host().clone()))
     }
 
+    async fn close(&self) {
+        self.0.engine.close().await;
+    }
+
     fn schema(&self) -> &str {
         &self.0.name
     }

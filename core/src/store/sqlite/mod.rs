@@ -49,6 +49,10 @@ impl Store for Sqlite {
         Some(Pool::Sqlite(self.host.clone()))
     }
 
+    async fn close(&self) {
+        self.engine.close().await;
+    }
+
     fn schema(&self) -> &str {
         &self.schema
     }

@@ -97,6 +97,13 @@ impl Engine {
         &self.shared.names
     }
 
+    pub(super) async fn close(&self) {
+        if let Some(own) = self.shared.own.get() {
+            own.pool.close().await;
+        }
+        self.shared.host.close().await;
+    }
+
     /// A connection to read with.
     pub(super) async fn reader(
         &self,
