@@ -9,8 +9,8 @@ use crate::{
     stage::{Counting, Stage, amqp, relay},
 };
 
-/// A relay with 4 partitions has one channel in each; the raw client has as many.
-const CHANNELS: u16 = 4;
+/// Log partitions, each with a publisher of its own.
+const PARTITIONS: u16 = 4;
 
 #[derive(Args)]
 pub(crate) struct Drain {
@@ -26,6 +26,9 @@ pub(crate) struct Drain {
     /// Unconfirmed events at most, the same for both.
     #[arg(long, default_value_t = 1_024)]
     in_flight: usize,
+    /// Channels of each partition's publisher; the raw client has as many as all of them together.
+    #[arg(long, default_value_t = 4)]
+    channels: u16,
     /// Runs of each, in turn.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
@@ -34,8 +37,12 @@ pub(crate) struct Drain {
 impl Drain {
     pub(crate) async fn run(&self) -> Measured<()> {
         println!(
-            "{} events of {} bytes, {} keys, {} in flight on {CHANNELS} channels",
-            self.events, self.bytes, self.keys, self.in_flight
+            "{} events of {} bytes, {} keys, {} in flight on {} channels",
+            self.events,
+            self.bytes,
+            self.keys,
+            self.in_flight,
+            PARTITIONS * self.channels
         );
         println!(
             "{:<8} {:>14} {:>14} {:>8}",
@@ -73,7 +80,7 @@ impl Drain {
             &stage.amqp_url,
             self.events,
             self.bytes,
-            CHANNELS,
+            PARTITIONS * self.channels,
             self.in_flight,
         )
         .await
@@ -82,7 +89,7 @@ impl Drain {
     async fn relay(&self, queue_type: QueueType) -> Measured<Duration> {
         let stage = Stage::new().await?;
         stage.fill(self.events, self.bytes, self.keys).await?;
-        let amqp = amqp(&stage.amqp_url, queue_type, 1)?;
+        let amqp = amqp(&stage.amqp_url, queue_type, self.channels)?;
         drop(amqp.publisher().await?);
         let (transport, count) = Counting::new(amqp, u64::from(self.events));
         let outbox = Outbox::new(&stage.pool);

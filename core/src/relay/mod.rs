@@ -29,7 +29,7 @@ pub struct RelaySettings {
     pub lease: LeaseTerm,
     /// Most events read at a time. Defaults to 1,000.
     pub batch: u32,
-    /// Most events handed to the broker in one call. Defaults to 256.
+    /// Most events handed to the broker in one call; never more than a quarter of what may be in flight. Defaults to 256.
     pub publish: usize,
     /// The bounds of each partition's window. Default to 10,000 events unsettled, 2,500 events and 16 MiB of them held in
     /// memory, 1,024 in flight, 1 of each key.

@@ -38,10 +38,13 @@ impl Session<'_> {
     }
 
     pub(super) fn publish(&mut self, now: Instant) {
+        let settings = self.core.settings.clone();
+        // One that filled the window would leave nothing to send while its confirms are awaited.
+        let most = settings.publish.min(settings.window.in_flight / 4).max(1);
         loop {
             let paused = &self.paused;
             let allowed = |e: &Logged| paused.get(&e.message.topic).is_none_or(|p| p.until <= now);
-            let attempts = self.window.take(self.core.settings.publish, allowed);
+            let attempts = self.window.take(most, allowed);
             if attempts.is_empty() {
                 return;
             }

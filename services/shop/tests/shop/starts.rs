@@ -2,6 +2,9 @@
 
 use std::{process::Command, time::Duration};
 
+use pillarbox::Config;
+use pillarbox_inventory::InventorySettings;
+use pillarbox_orders::OrdersSettings;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -91,4 +94,24 @@ async fn a_wrong_configuration_is_said_in_one_line() {
         assert!(said.contains(expected), "{expected:?} expected: {said}");
         assert!(!said.contains("panicked"), "{said}");
     }
+}
+
+/// The page about every field says of the services' own what holds without it.
+#[test]
+fn the_reference_says_what_holds() {
+    fn own<T: serde::de::DeserializeOwned + std::fmt::Debug>(text: &str, section: &str) -> String {
+        let settings = Config::parse(text).unwrap().at(section).unwrap();
+        format!("{:?}", settings.host::<T>().unwrap())
+    }
+    let said = concat!(env!("CARGO_MANIFEST_DIR"), "/../../configs/reference.toml");
+    let said = std::fs::read_to_string(said).unwrap();
+    let held = "[inventory.http]\nlisten = \"127.0.0.1:8081\"\n[orders.http]\nlisten = \"127.0.0.1:8082\"\n";
+    assert_eq!(
+        own::<InventorySettings>(&said, "inventory"),
+        own::<InventorySettings>(held, "inventory")
+    );
+    assert_eq!(
+        own::<OrdersSettings>(&said, "orders"),
+        own::<OrdersSettings>(held, "orders")
+    );
 }
