@@ -177,6 +177,10 @@ impl Session<'_> {
                 () = stop.cancelled() => break,
                 () = keeper.lost().cancelled() => return Ok(()),
                 batch = collect(subscription, core.settings.batch) => batch?,
+                () = self.settled.due() => {
+                    self.settled.write(core, self.lease, false).await?;
+                    continue;
+                }
             };
             tokio::select! {
                 biased;
@@ -257,6 +261,15 @@ struct Settled {
 }
 
 impl Settled {
+    /// Resolves when the last of a burst is to be written, though nothing comes after it: else the next owner would be
+    /// given all of it again.
+    async fn due(&self) {
+        if self.position == self.written {
+            std::future::pending().await
+        }
+        tokio::time::sleep_until(self.at + SETTLE).await;
+    }
+
     async fn write(&mut self, core: &Core, lease: &Lease, now: bool) -> Result<()> {
         let Some(position) = self.position.filter(|p| Some(*p) != self.written) else {
             return Ok(());
