@@ -9,7 +9,7 @@ use std::{
 };
 
 use pillarbox_transport::Message;
-use tokio::sync::Mutex;
+use tokio::{sync::Mutex, time::Instant};
 
 use super::{
     database::{Change, Number, Row},
@@ -42,6 +42,8 @@ pub(super) struct Written {
     left: u32,
     /// Refusals that its sender heard of.
     pub(super) refusals: u32,
+    /// When it was committed.
+    pub(super) committed: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -92,7 +94,7 @@ impl Inner {
             Nature::Defect,
             Nature::Unrouted,
         ];
-        let hits = likely.map(|p| self.chance.hit(p));
+        let hits = likely.map(|p| !self.straight && self.chance.hit(p));
         let nature = natures
             .into_iter()
             .zip(hits)
@@ -113,21 +115,33 @@ impl Inner {
             nature,
             left: u32::try_from(self.chance.within(1..=5)).unwrap_or(1),
             refusals: 0,
+            committed: None,
         });
         (number, message)
     }
 }
 
 /// The locks of the keys' rows.
-pub(super) type Locks = Arc<BTreeMap<(usize, usize), Arc<Mutex<()>>>>;
+type Locks = Arc<BTreeMap<(usize, usize), Arc<Mutex<()>>>>;
 
-pub(super) fn locks(w: &Inner) -> Locks {
+fn locks(w: &Inner) -> Locks {
     let keys = (0..w.plan.topics).flat_map(|t| (0..w.plan.keys).map(move |k| (t, k)));
     Arc::new(keys.map(|name| (name, Arc::default())).collect())
 }
 
+/// Starts the writers.
+pub(super) fn start(world: &Arc<World>, outbox: &Outbox) {
+    let (writers, locks) = world.with(|w| {
+        w.application.writers = w.plan.writers;
+        (w.plan.writers, locks(w))
+    });
+    for _ in 0..writers {
+        tokio::spawn(write(world.clone(), locks.clone(), outbox.clone()));
+    }
+}
+
 /// One writer: transaction after transaction, spread over the time of the faults.
-pub(super) async fn write(world: Arc<World>, locks: Locks, outbox: Outbox) {
+async fn write(world: Arc<World>, locks: Locks, outbox: Outbox) {
     let (transactions, spread) = world.with(|w| {
         let spread = usize::try_from(w.plan.chaos.as_millis()).unwrap_or(0) / w.plan.transactions;
         (w.plan.transactions, spread)
@@ -178,9 +192,7 @@ async fn transaction(world: &Arc<World>, locks: &Locks, outbox: &Outbox) {
 async fn begin(world: &Arc<World>) -> Option<(u32, u64)> {
     for _ in 0..1_000 {
         let begun = world.with(|w| {
-            let is_away = w
-                .database_away
-                .is_some_and(|until| tokio::time::Instant::now() < until);
+            let is_away = w.database_away.is_some_and(|until| Instant::now() < until);
             (!is_away).then(|| (w.database.incarnation, w.database.begin()))
         });
         if begun.is_some() {
@@ -216,6 +228,20 @@ impl Inner {
         }
     }
 
+    /// One more event of each key, committed at once.
+    pub(super) fn write_for_each_key(&mut self) {
+        let xid = self.database.begin();
+        let names: Vec<_> = (0..self.plan.topics)
+            .flat_map(|t| (0..self.plan.keys).map(move |k| (t, k)))
+            .collect();
+        let rows: Vec<Row> = names
+            .into_iter()
+            .map(|name| self.insert(xid, &BTreeSet::from([name])))
+            .collect();
+        let changes = rows.into_iter().map(Change::Log).collect();
+        self.database.commit(Some(xid), changes, true);
+    }
+
     fn end(&mut self, incarnation: u32, xid: u64, rows: Vec<Row>) {
         if self.database.incarnation != incarnation {
             return;
@@ -224,6 +250,9 @@ impl Inner {
             self.tell(|| format!("application: {xid} is rolled back"));
             self.database.rollback(xid);
             return;
+        }
+        for row in &rows {
+            self.application.events[row.number].committed = Some(Instant::now());
         }
         let durable = !self.chance.hit(self.plan.faults.async_commit);
         self.tell(|| {

@@ -23,6 +23,7 @@ use super::{
     application::{Nature, number_of},
     check::InFlight,
     database::Number,
+    queue,
     world::{Inner, World},
 };
 
@@ -62,7 +63,7 @@ impl Transport for ModelTransport {
     async fn publisher(&self) -> Result<Box<dyn Publisher>> {
         self.world.pause(0..=5).await;
         let incarnation = self.world.with(|w| {
-            let is_away = w.broker.away.is_some_and(|until| Instant::now() < until);
+            let is_away = w.broker.is_away();
             let fails = !w.healed && w.chance.hit(w.plan.faults.unreachable);
             (!is_away && !fails).then_some(w.broker.incarnation)
         });
@@ -83,21 +84,41 @@ impl Transport for ModelTransport {
         }))
     }
 
-    async fn bind(&self, _binding: &Binding) -> Result<Vec<Source>> {
-        Err(error(Kind::Configuration, "not simulated"))
+    async fn bind(&self, binding: &Binding) -> Result<Vec<Source>> {
+        Ok(vec![Source {
+            transport: "model",
+            cluster: String::new(),
+            topic: binding.topic.clone(),
+            name: "queue".to_owned(),
+            partition: 0,
+            identity: "1".to_owned(),
+            replayable: self.world.with(|w| w.plan.consumer.replayable),
+        }])
     }
 
     async fn subscribe(
         &self,
-        _source: &Source,
+        source: &Source,
         _group: &str,
-        _from: Option<u64>,
+        from: Option<u64>,
     ) -> Result<Box<dyn Subscription>> {
-        Err(error(Kind::Configuration, "not simulated"))
+        if self.world.with(|w| w.broker.is_away()) {
+            return Err(error(Kind::Unreachable, "the broker is away"));
+        }
+        Ok(queue::subscribe(&self.world, self.process, source, from).await)
     }
 
     async fn dead_letters(&self, _topic: &str, _group: &str) -> Result<Box<dyn Publisher>> {
-        Err(error(Kind::Configuration, "not simulated"))
+        if self.world.with(|w| w.broker.is_away()) {
+            return Err(error(Kind::Unreachable, "the broker is away"));
+        }
+        Ok(Box::new(queue::Copies(self.world.clone())))
+    }
+}
+
+impl Broker {
+    fn is_away(&self) -> bool {
+        self.away.is_some_and(|until| Instant::now() < until)
     }
 }
 
@@ -117,13 +138,23 @@ impl Publisher for ModelPublisher {
         let in_flight = InFlight::new(&self.world, self.process, &messages);
         let (reply, answer) = oneshot::channel();
         let most = messages.len();
+        let (world, process, topics) = (self.world.clone(), self.process, topics(&messages));
         let _ = self.queue.send(Batch { messages, reply });
         Box::pin(async move {
             let outcomes = answer.await;
             drop(in_flight);
-            outcomes.unwrap_or_else(|_| (0..most).map(|_| unknown()).collect())
+            let outcomes = outcomes.unwrap_or_else(|_| (0..most).map(|_| unknown()).collect());
+            world.with(|w| w.check_answers(process, &topics, &outcomes));
+            outcomes
         })
     }
+}
+
+fn topics(messages: &[Message]) -> Vec<(String, Number)> {
+    messages
+        .iter()
+        .map(|m| (m.topic.clone(), number_of(m)))
+        .collect()
 }
 
 /// The broker's side of a session. It takes what was sent even when the sender is gone.
@@ -188,6 +219,7 @@ impl Inner {
         self.broker.arrivals += 1;
         if self.broker.stored.insert(number) {
             self.broker.first.push(number);
+            self.check_delay(number);
         }
     }
 

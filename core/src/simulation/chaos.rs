@@ -7,16 +7,28 @@ use tokio::time::Instant;
 use super::{
     application::{self, UNROUTED},
     broker::ModelTransport,
+    consumption::{AWAY, Apply, GROUP},
     plan::Event,
     process::Process,
     store::ModelStore,
     world::World,
 };
-use crate::{Database, Outbox, Relay, Running};
+use crate::{Consumer, Database, Outbox, Relay, Running};
 
-/// A relay, as one process.
+/// What the processes of a schedule are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    Relay,
+    Consumer,
+}
+
+/// How long a broker waits for a sign of life.
+const HEARTBEAT: Duration = Duration::from_millis(400);
+
+/// A relay or a consumer, as one process.
 struct Instance {
     process: Arc<Process>,
+    number: usize,
     running: Option<Running>,
     /// When it starts again, if it is down; when it goes on, if it stands still.
     back: Option<Instant>,
@@ -24,25 +36,31 @@ struct Instance {
     outbox: Outbox,
 }
 
-pub(super) struct Relays {
+pub(super) struct Fleet {
     world: Arc<World>,
+    role: Role,
     instances: Vec<Instance>,
     /// Each start is another process.
     started: usize,
 }
 
-impl Relays {
-    pub(super) fn start(world: &Arc<World>) -> Self {
-        let mut relays = Self {
+impl Fleet {
+    pub(super) fn start(world: &Arc<World>, role: Role) -> Self {
+        let mut fleet = Self {
             world: world.clone(),
+            role,
             instances: Vec::new(),
             started: 0,
         };
-        for _ in 0..world.with(|w| w.plan.relays) {
-            let instance = relays.launch();
-            relays.instances.push(instance);
+        let count = world.with(|w| match role {
+            Role::Relay => w.plan.relays,
+            Role::Consumer => w.plan.consumer.consumers,
+        });
+        for _ in 0..count {
+            let instance = fleet.launch();
+            fleet.instances.push(instance);
         }
-        relays
+        fleet
     }
 
     /// Of one of them.
@@ -63,27 +81,43 @@ impl Relays {
             world: world.clone(),
             process: number,
         };
+        world.with(|w| w.tell(|| format!("process {number} starts")));
         let outbox = Outbox::new(Database::over(Arc::new(store)));
-        let (settings, retry, filter) = world.with(|w| {
-            w.tell(|| format!("relay {number} starts"));
-            (w.plan.settings.clone(), w.plan.retry.clone(), w.plan.filter)
+        let running = process.enter(|| match self.role {
+            Role::Relay => self.relay(&outbox, transport).spawn(),
+            Role::Consumer => self.consumer(&outbox, transport, number).spawn(),
         });
-        let mut relay = Relay::new(&outbox, Arc::new(transport))
-            .settings(settings)
-            .retry(retry)
-            .source("simulation")
-            .accept_unrouted([UNROUTED]);
-        if filter {
-            relay = relay.topics([application::topic(0)]);
-        }
-        let running = process.enter(|| relay.spawn());
         Instance {
             process,
+            number,
             running: Some(running),
             back: None,
             frozen: false,
             outbox,
         }
+    }
+
+    fn relay(&self, outbox: &Outbox, transport: ModelTransport) -> Relay {
+        let plan = self.world.with(|w| w.plan.clone());
+        let relay = Relay::new(outbox, Arc::new(transport))
+            .settings(plan.settings)
+            .retry(plan.retry)
+            .source("simulation")
+            .accept_unrouted([UNROUTED]);
+        if plan.filter {
+            relay.topics([application::topic(0)])
+        } else {
+            relay
+        }
+    }
+
+    fn consumer(&self, outbox: &Outbox, transport: ModelTransport, process: usize) -> Consumer {
+        let plan = self.world.with(|w| w.plan.clone());
+        let world = self.world.clone();
+        Consumer::new(outbox.database(), Arc::new(transport), GROUP)
+            .settings(plan.consumer.settings)
+            .retry(plan.retry)
+            .on(Apply { world, process })
     }
 
     /// Faults, one after the other, for as long as the seed says.
@@ -92,7 +126,11 @@ impl Relays {
         while Instant::now() < end && self.world.with(|w| w.checks.wrong.is_empty()) {
             self.world.pause(1..=400).await;
             self.bring_back(false);
-            let events = self.world.with(|w| w.plan.faults.events.clone());
+            let mut events = self.world.with(|w| w.plan.faults.events.clone());
+            // What was acknowledged is gone from a queue; only a log is read again after a database has forgotten.
+            let forgets =
+                self.role == Role::Consumer && !self.world.with(|w| w.plan.consumer.replayable);
+            events.retain(|e| !forgets || *e != Event::Failover);
             if !events.is_empty() {
                 let chosen = self.world.with(|w| w.chance.below(events.len()));
                 self.befall(events[chosen]).await;
@@ -118,7 +156,7 @@ impl Relays {
                 let instance = &mut self.instances[i];
                 (instance.frozen, instance.back) = (false, None);
                 self.world.with(|w| {
-                    w.tell(|| format!("relay in place {i} goes on"));
+                    w.tell(|| format!("the process in place {i} goes on"));
                     instance.process.go_on(|wakers| {
                         for n in (1..wakers.len()).rev() {
                             wakers.swap(n, w.chance.below(n + 1));
@@ -135,6 +173,7 @@ impl Relays {
     async fn befall(&mut self, event: Event) {
         let term = self.world.with(|w| w.plan.settings.lease.term());
         let term = usize::try_from(term.as_millis()).unwrap_or(0);
+        let role = self.role;
         let i = self.world.with(|w| {
             w.tell(|| format!("{event:?}"));
             w.chance.below(self.instances.len())
@@ -143,6 +182,7 @@ impl Relays {
             Event::Crash => self.end(i, true).await,
             Event::Shutdown => self.end(i, false).await,
             Event::Freeze => self.freeze(i, 3 * term),
+            Event::CutOff => self.cut_off(i, 2 * term),
             _ => self.world.with(|w| {
                 let now = Instant::now();
                 let until = |d: Duration| Some(now + d);
@@ -153,8 +193,13 @@ impl Relays {
                     }
                     Event::DatabaseAway => w.database_away = until(w.chance.millis(0..=2 * term)),
                     Event::BrokerAway => {
+                        w.queue.end_all(None);
                         w.broker.incarnation += 1;
                         w.broker.away = until(w.chance.millis(0..=2_000));
+                    }
+                    Event::TopicAway if role == Role::Consumer => {
+                        let away = usize::try_from(AWAY.as_millis()).unwrap_or(0);
+                        w.consumption.away = until(w.chance.millis(0..=away));
                     }
                     Event::TopicAway => {
                         let topic = application::topic(w.chance.below(w.plan.topics));
@@ -173,7 +218,7 @@ impl Relays {
                         w.database.fail_over(commits);
                         w.database_away = until(w.chance.millis(0..=500));
                     }
-                    Event::Crash | Event::Shutdown | Event::Freeze => {}
+                    Event::Crash | Event::Shutdown | Event::Freeze | Event::CutOff => {}
                 }
             }),
         }
@@ -198,6 +243,14 @@ impl Relays {
         self.stopped(running, drain).await;
     }
 
+    fn cut_off(&self, i: usize, longest: usize) {
+        let number = self.instances[i].number;
+        self.world.with(|w| {
+            let until = Instant::now() + w.chance.millis(0..=longest);
+            w.cut_off.insert(number, until);
+        });
+    }
+
     fn freeze(&mut self, i: usize, longest: usize) {
         let instance = &mut self.instances[i];
         if instance.running.is_none() || instance.frozen {
@@ -207,6 +260,17 @@ impl Relays {
         instance.frozen = true;
         let time = self.world.with(|w| w.chance.millis(0..=longest));
         instance.back = Some(Instant::now() + time);
+        let (world, number, process) = (
+            self.world.clone(),
+            instance.number,
+            instance.process.clone(),
+        );
+        tokio::spawn(async move {
+            tokio::time::sleep(HEARTBEAT).await;
+            if process.is_stopped() {
+                world.with(|w| w.queue.end_all(Some(number)));
+            }
+        });
     }
 
     /// A stop ends in bounded time, and without an error.
@@ -218,7 +282,7 @@ impl Relays {
             Ok(Err(e)) if e.is_temporary() => {}
             Ok(Err(e)) => self
                 .world
-                .with(|w| w.wrong(format!("a relay ended with {e}"))),
+                .with(|w| w.wrong(format!("a process ended with {e}"))),
             Err(_) => self
                 .world
                 .with(|w| w.wrong(format!("a stop took longer than {bound:?}"))),
@@ -231,8 +295,10 @@ impl Relays {
             w.tell(|| "healed");
             w.healed = true;
             w.database_away = None;
+            w.cut_off.clear();
             w.broker.away = None;
             w.broker.topics_away.clear();
+            w.consumption.away = None;
         });
         self.bring_back(true);
     }

@@ -3,14 +3,16 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
-use pillarbox_transport::Message;
+use pillarbox_transport::{Kind, Message, Outcome};
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::{
     application::{Nature, number_of},
-    database::{Database, Number, Row},
+    database::{Database, Number, Row, partition_of},
     plan::Event,
     world::{Inner, World},
 };
@@ -20,6 +22,9 @@ use crate::{
     failure::Side,
     lease::{Lease, LeaseKey},
 };
+
+/// The shortest pause after "not now", less its jitter.
+const PAUSE: Duration = Duration::from_millis(15);
 
 pub(super) const DESTINATION: &str = "main";
 
@@ -31,8 +36,10 @@ pub(super) struct Checks {
     unconfirmed: BTreeMap<(usize, u16), BTreeMap<Number, Option<Key>>>,
     /// Which process owns a partition.
     owners: BTreeMap<u16, usize>,
+    /// Topics that the broker does not take now: since when a process and partition knows, and whether it tried again.
+    refused: BTreeMap<(usize, u16, String), (Instant, bool)>,
     /// Owners since all was healed: they stop in order, and give back.
-    orderly: BTreeSet<Uuid>,
+    pub(super) orderly: BTreeSet<Uuid>,
 }
 
 /// Messages that were sent and whose outcome is not heard yet.
@@ -67,10 +74,36 @@ impl Inner {
     pub(super) fn check_acquire(&mut self, process: usize, lease: &Lease) {
         if let LeaseKey::Relay { partition, .. } = &lease.key {
             self.checks.owners.insert(*partition, process);
+            self.checks
+                .refused
+                .retain(|(p, of, _), _| (*p, *of) != (process, *partition));
         }
         if self.healed {
             self.checks.orderly.insert(lease.owner);
         }
+    }
+
+    /// The waiting room has a maximum, which those who look and then write at once may overstep.
+    pub(super) fn check_room(
+        &mut self,
+        side: Side,
+        scope: &str,
+        (most, per_key): (u64, u64),
+        at_once: usize,
+    ) {
+        let (waiting, more) = (self.waiting_room(side, scope), at_once as u64);
+        if waiting.total >= most + more || waiting.longest >= per_key + more {
+            self.wrong(format!(
+                "{waiting:?}, where {most} may wait, {per_key} of a key"
+            ));
+        }
+    }
+
+    pub(super) fn check_relays_room(&mut self) {
+        let settings = &self.plan.settings;
+        let most = (settings.deferred, settings.deferred_per_key);
+        let at_once = settings.window.held * usize::from(self.plan.partitions);
+        self.check_room(Side::Relay, DESTINATION, most, at_once);
     }
 
     pub(super) fn check_read(&mut self, limit: usize) {
@@ -103,6 +136,7 @@ impl Inner {
             let partition = super::store::place(self, message, number);
             let place = (process, partition);
             self.check_sendable(process, partition, number, message);
+            self.check_pause(process, partition, &message.topic);
             self.check_in_flight(place, number, key.as_ref());
             self.checks
                 .unconfirmed
@@ -141,6 +175,91 @@ impl Inner {
         let owner = self.checks.owners.get(&partition).copied();
         if owner != Some(process) && self.owners_know() {
             self.wrong(format!("relay {process} sends {number} though its lease has run out and {owner:?} owns the partition"));
+        }
+        if self.owners_know() && self.has_run_out(partition) {
+            self.wrong(format!(
+                "relay {process} sends {number} though its lease has run out"
+            ));
+        }
+    }
+
+    /// Whether a partition's lease has run out, by the database's clock. A crash may take back a renewal.
+    fn has_run_out(&self, partition: u16) -> bool {
+        let key = LeaseKey::Relay {
+            destination: DESTINATION.to_owned(),
+            partition,
+        };
+        let crashes = self.plan.faults.events.contains(&Event::DatabaseCrash);
+        let row = self.database.state.leases.get(&key.to_string());
+        !crashes && row.is_some_and(|row| row.expires_at <= self.now())
+    }
+
+    /// What a process hears of what it sent.
+    pub(super) fn check_answers(
+        &mut self,
+        process: usize,
+        sent: &[(String, Number)],
+        outcomes: &[Outcome],
+    ) {
+        for ((topic, number), outcome) in sent.iter().zip(outcomes) {
+            let key = self.application.event(*number).key.clone();
+            let partition = partition_of(key.as_ref(), *number, self.plan.partitions);
+            let place = (process, partition, topic.clone());
+            match outcome {
+                Outcome::Unavailable(e) if e.kind() == Kind::Full => {
+                    let pause = self
+                        .checks
+                        .refused
+                        .entry(place)
+                        .or_insert((Instant::now(), false));
+                    if pause.1 {
+                        *pause = (Instant::now(), false);
+                    }
+                }
+                Outcome::Unknown(_) => {}
+                _ => drop(self.checks.refused.remove(&place)),
+            }
+        }
+    }
+
+    /// A broker that takes nothing of a topic is not asked again at once.
+    fn check_pause(&mut self, process: usize, partition: u16, topic: &str) {
+        let place = (process, partition, topic.to_owned());
+        let Some((since, tried)) = self.checks.refused.get_mut(&place) else {
+            return;
+        };
+        let pause = since.elapsed();
+        if !std::mem::replace(tried, true) && pause < PAUSE {
+            self.wrong(format!(
+                "{topic} is tried again {pause:?} after the broker said that it takes nothing"
+            ));
+        }
+    }
+
+    /// Where nothing disturbs it, an event is not held up by those of other keys.
+    pub(super) fn check_delay(&mut self, number: Number) {
+        let room = self
+            .plan
+            .settings
+            .deferred
+            .min(self.plan.settings.deferred_per_key)
+            >= 1_000;
+        if !room || !self.plan.is_calm() || !self.plan.faults.events.is_empty() {
+            return;
+        }
+        let event = self.application.event(number);
+        let mut of_key = self
+            .application
+            .events
+            .iter()
+            .filter(|e| e.key.is_some() && e.key == event.key);
+        if event.refusals > 0 || of_key.any(|e| e.refusals > 0 || e.nature != Nature::Good) {
+            return;
+        }
+        let most = Duration::from_millis(1_000 + 40 * self.application.events.len() as u64);
+        let delay = event.committed.map(|at| at.elapsed()).unwrap_or_default();
+        if delay > most {
+            self.wrong(format!("{number} came {delay:?} after its commit"));
         }
     }
 
@@ -194,7 +313,7 @@ impl Inner {
     }
 
     /// Whether the broker has it, or nobody will: dead, filtered out, or not wanted by anybody.
-    fn is_through(&self, number: Number) -> bool {
+    pub(super) fn is_through(&self, number: Number) -> bool {
         let event = self.application.event(number);
         let unrouted = event.nature == Nature::Unrouted && event.refusals > 0;
         self.broker.stored.contains(&number)
@@ -217,140 +336,5 @@ impl Inner {
             .dead
             .keys()
             .any(|dead| dead.0 == Side::Relay.as_str() && dead.3 == id)
-    }
-
-    /// Whether everything that was committed has come to its end, and every cursor says so.
-    pub(super) fn is_drained(&self) -> bool {
-        let state = &self.database.state;
-        self.application.writers == 0
-            && state.deferred.is_empty()
-            && state
-                .log
-                .values()
-                .all(|row| self.is_through(row.number) && self.is_covered(row))
-    }
-
-    /// What has not drained.
-    pub(super) fn check_drained(&mut self) {
-        let state = &self.database.state;
-        let waiting: Vec<Number> = state
-            .deferred
-            .values()
-            .map(|r| number_of(&r.message))
-            .collect();
-        let rows = || state.log.values();
-        let missing: Vec<Number> = rows()
-            .map(|r| r.number)
-            .filter(|n| !self.is_through(*n))
-            .collect();
-        let uncovered: Vec<i64> = rows()
-            .filter(|r| !self.is_covered(r))
-            .map(|r| r.position)
-            .collect();
-        let writers = self.application.writers;
-        self.wrong(format!(
-            "it does not drain: nobody has {missing:?}, {waiting:?} wait, no cursor covers the positions {uncovered:?}, \
-             {writers} writers go on"
-        ));
-    }
-
-    fn is_covered(&self, row: &Row) -> bool {
-        let key = LeaseKey::Relay {
-            destination: DESTINATION.to_owned(),
-            partition: row.partition,
-        };
-        let lease = self.database.state.leases.get(&key.to_string());
-        lease.is_some_and(|l| Database::covers(&l.progress, row))
-    }
-
-    /// At the end, when everything has drained.
-    pub(super) fn check_end(&mut self) {
-        self.check_order();
-        self.check_dead();
-        let state = &self.database.state;
-        let committed: BTreeSet<Number> = state.log.values().map(|r| r.number).collect();
-        let strangers: Vec<Number> = self
-            .broker
-            .stored
-            .iter()
-            .copied()
-            .filter(|n| !committed.contains(n) && !self.database.lost.contains(n))
-            .collect();
-        if !strangers.is_empty() {
-            self.wrong(format!(
-                "the broker has {strangers:?}, which were never committed"
-            ));
-        }
-        if self.plan.is_calm() && self.broker.arrivals != self.broker.stored.len() {
-            let repeats = self.broker.arrivals - self.broker.stored.len();
-            self.wrong(format!("{repeats} repeats without any fault"));
-        }
-        let leases = self.database.state.leases.iter();
-        let kept =
-            leases.filter(|(_, row)| row.owner.is_some_and(|o| self.checks.orderly.contains(&o)));
-        let kept: Vec<String> = kept.map(|(name, _)| name.clone()).collect();
-        if !kept.is_empty() {
-            self.wrong(format!(
-                "not given back by relays that stopped in order: {kept:?}"
-            ));
-        }
-    }
-
-    /// First arrivals of each key in commit order, but for events that were given up.
-    fn check_order(&mut self) {
-        let mut expected = BTreeMap::<Key, Vec<Number>>::new();
-        let mut counted = BTreeSet::new();
-        for row in self.database.state.log.values() {
-            let Some(key) = Key::of(&row.message) else {
-                continue;
-            };
-            if !self.database.given_up.contains(&row.number)
-                && self.broker.stored.contains(&row.number)
-            {
-                counted.insert(row.number);
-                expected.entry(key).or_default().push(row.number);
-            }
-        }
-        let mut found = BTreeMap::<Key, Vec<Number>>::new();
-        for number in self.broker.first.iter().filter(|n| counted.contains(n)) {
-            if let Some(key) = self.application.event(*number).key.clone() {
-                found.entry(key).or_default().push(*number);
-            }
-        }
-        for (key, expected) in expected {
-            let found = found.remove(&key).unwrap_or_default();
-            if found != expected {
-                self.wrong(format!(
-                    "{key:?} was committed as {expected:?} and came as {found:?}"
-                ));
-            }
-        }
-    }
-
-    /// Only refusals that name an event count, and only they give it up.
-    fn check_dead(&mut self) {
-        let most = u32::try_from(self.plan.retry.delays.len()).unwrap_or(0) + 1;
-        let mut wrong = Vec::new();
-        for dead in self.database.state.dead.values() {
-            let number = number_of(&dead.message);
-            let event = self.application.event(number);
-            let heard = event.refusals;
-            let reason = match event.nature {
-                Nature::Defect => true,
-                Nature::Rejected => heard > 0,
-                Nature::Refused | Nature::Good => heard >= most,
-                Nature::Unrouted => false,
-            };
-            if !reason {
-                wrong.push(format!("{number} was given up after {heard} refusals"));
-            }
-            if event.nature != Nature::Defect && dead.attempts > heard {
-                wrong.push(format!(
-                    "{number} counts {} attempts of {heard} refusals",
-                    dead.attempts
-                ));
-            }
-        }
-        wrong.into_iter().for_each(|w| self.wrong(w));
     }
 }

@@ -3,10 +3,7 @@
 //!
 //! A log that is replayed is all its memory, so that what a crash or a failover leaves is consistent by construction.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use std::collections::{BTreeMap, BTreeSet};
 
 use pillarbox_transport::Message;
 use uuid::Uuid;
@@ -17,7 +14,6 @@ use crate::{
     error::{Error, Kind, Result},
     event::Key,
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Logged, Slice},
 };
 
 /// An event's number: its place among all that the schedule's application wrote.
@@ -61,6 +57,7 @@ pub(super) struct DeferredRow {
 pub(super) struct DeadRow {
     pub(super) message: Message,
     pub(super) attempts: u32,
+    pub(super) copied: bool,
 }
 
 /// What a commit changed.
@@ -70,6 +67,10 @@ pub(super) enum Change {
     Lease(String, LeaseRow),
     Deferred(RowId, Option<DeferredRow>),
     Dead(RowId, DeadRow),
+    /// Group, source, id; whether the event is dead there.
+    Inbox((String, String, String), bool),
+    /// A handler's own write.
+    Effect(Number),
 }
 
 #[derive(Debug, Default)]
@@ -78,6 +79,8 @@ pub(super) struct State {
     pub(super) leases: BTreeMap<String, LeaseRow>,
     pub(super) deferred: BTreeMap<RowId, DeferredRow>,
     pub(super) dead: BTreeMap<RowId, DeadRow>,
+    pub(super) inbox: BTreeMap<(String, String, String), bool>,
+    pub(super) effects: Vec<Number>,
 }
 
 impl State {
@@ -88,6 +91,8 @@ impl State {
             Change::Deferred(id, Some(row)) => drop(self.deferred.insert(id, row)),
             Change::Deferred(id, None) => drop(self.deferred.remove(&id)),
             Change::Dead(id, row) => drop(self.dead.insert(id, row)),
+            Change::Inbox(id, dead) => drop(self.inbox.insert(id, dead)),
+            Change::Effect(number) => self.effects.push(number),
         }
     }
 }
@@ -102,10 +107,10 @@ struct Record {
 pub(super) struct Database {
     records: Vec<Record>,
     /// So many of them are on disk.
-    flushed: usize,
+    pub(super) flushed: usize,
     pub(super) state: State,
-    running: BTreeSet<u64>,
-    next_xid: u64,
+    pub(super) running: BTreeSet<u64>,
+    pub(super) next_xid: u64,
     next_position: i64,
     /// The owners that this incarnation of the database remembers; a crash forgets all.
     tokens: BTreeSet<Uuid>,
@@ -155,6 +160,11 @@ impl Database {
         }
     }
 
+    /// The end of the log of commits.
+    pub(super) fn end(&self) -> usize {
+        self.records.len()
+    }
+
     pub(super) fn flush_all(&mut self) {
         self.flushed = self.records.len();
     }
@@ -176,6 +186,20 @@ impl Database {
         self.logged
             .get(&number)
             .is_some_and(|lsn| *lsn < self.flushed)
+    }
+
+    /// Whether a crash could still undo what became of an event at a consumer.
+    pub(super) fn could_lose(&self, id: &str) -> bool {
+        let unflushed = self
+            .records
+            .iter()
+            .skip(self.flushed)
+            .flat_map(|r| &r.changes);
+        unflushed.into_iter().any(|change| match change {
+            Change::Inbox(key, _) => key.2 == id,
+            Change::Deferred(key, _) => key.3 == id,
+            _ => false,
+        })
     }
 
     /// Ends and starts again: what was not flushed never was. Positions and transaction ids are handed out again.
@@ -213,142 +237,6 @@ impl Database {
         self.running.clear();
         self.tokens.clear();
         self.incarnation += 1;
-    }
-}
-
-/// What a transaction id is to a statement: everything below `xmax` has ended, but for those listed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Snapshot {
-    xmax: u64,
-    running: BTreeSet<u64>,
-}
-
-impl Snapshot {
-    fn parse(text: &str) -> Self {
-        let mut parts = text.split([':', ',']).filter_map(|n| n.parse().ok());
-        Self {
-            xmax: parts.next().unwrap_or_default(),
-            running: parts.collect(),
-        }
-    }
-
-    fn shows(&self, xid: u64) -> bool {
-        xid < self.xmax && !self.running.contains(&xid)
-    }
-}
-
-impl fmt::Display for Snapshot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.xmax)?;
-        for (i, xid) in self.running.iter().enumerate() {
-            let comma = if i == 0 { "" } else { "," };
-            write!(f, "{comma}{xid}")?;
-        }
-        Ok(())
-    }
-}
-
-impl Database {
-    /// An own transaction id stands for the end: each that was handed out before has either ended or is listed.
-    fn snapshot(&mut self) -> Snapshot {
-        self.next_xid += 1;
-        Snapshot {
-            xmax: self.next_xid,
-            running: self.running.clone(),
-        }
-    }
-
-    pub(super) fn read(&mut self, partition: u16, from: &Progress, limit: usize) -> Slice {
-        let Some(upto) = &from.upto else {
-            return self.open(partition, from, limit);
-        };
-        let rows = self.between(
-            partition,
-            &from.seen,
-            &Snapshot::parse(upto),
-            from.last,
-            limit,
-        );
-        if rows.is_empty() {
-            let closed = closed(from, from.last);
-            let mut next = self.open(partition, &closed, limit);
-            if next.events.is_empty() {
-                next.end = Some(closed);
-            }
-            return next;
-        }
-        self.slice(rows, from.clone(), limit)
-    }
-
-    fn open(&mut self, partition: u16, from: &Progress, limit: usize) -> Slice {
-        let now = self.snapshot();
-        let rows = self.between(partition, &from.seen, &now, 0, limit);
-        if rows.is_empty() {
-            return Slice {
-                within: from.clone(),
-                ..Slice::default()
-            };
-        }
-        let within = Progress {
-            upto: Some(now.to_string()),
-            last: 0,
-            ..from.clone()
-        };
-        self.slice(rows, within, limit)
-    }
-
-    fn between(
-        &self,
-        partition: u16,
-        seen: &str,
-        upto: &Snapshot,
-        last: i64,
-        limit: usize,
-    ) -> Vec<Logged> {
-        let seen = Snapshot::parse(seen);
-        let rows = self.state.log.range(last + 1..).map(|(_, row)| row);
-        rows.filter(|r| r.partition == partition && !seen.shows(r.xid) && upto.shows(r.xid))
-            .take(limit)
-            .map(|r| Logged {
-                position: r.position,
-                message: r.message.clone(),
-                defect: r.defect.clone(),
-            })
-            .collect()
-    }
-
-    fn slice(&self, events: Vec<Logged>, within: Progress, limit: usize) -> Slice {
-        let last = events.last().map_or(0, |e| e.position);
-        let end = (events.len() < limit).then(|| closed(&within, last));
-        Slice {
-            events,
-            within,
-            end,
-            // Always: it also proves that what was read is of the lease's own incarnation.
-            gate: Some(Gate(self.records.len().to_string())),
-        }
-    }
-
-    /// Whether a progress says that this row is settled.
-    pub(super) fn covers(progress: &Progress, row: &Row) -> bool {
-        let upto = progress.upto.as_deref().map(Snapshot::parse);
-        Snapshot::parse(&progress.seen).shows(row.xid)
-            || upto.is_some_and(|upto| upto.shows(row.xid) && row.position <= progress.last)
-    }
-
-    /// Whether everything up to a gate is on disk.
-    pub(super) fn is_flushed(&self, gate: &Gate) -> bool {
-        gate.0.parse::<usize>().is_ok_and(|lsn| lsn <= self.flushed)
-    }
-}
-
-/// Where a partition stands behind the last event of a slice.
-fn closed(within: &Progress, last: i64) -> Progress {
-    Progress {
-        seen: within.upto.clone().unwrap_or_default(),
-        base: within.base.max(last),
-        upto: None,
-        last: 0,
     }
 }
 

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::chance::Chance;
-use crate::{failure::Retry, lease::LeaseTerm, relay::RelaySettings, window};
+use crate::{ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings, window};
 
 /// One schedule.
 #[derive(Debug, Clone)]
@@ -22,6 +22,7 @@ pub(super) struct Plan {
     /// The relay sends topic 0 alone.
     pub(super) filter: bool,
     pub(super) faults: Faults,
+    pub(super) consumer: ConsumerPlan,
 }
 
 /// How likely each fault is; zero where the seed has none of it.
@@ -64,9 +65,11 @@ pub(super) enum Event {
     DatabaseCrash,
     /// The database cannot be reached.
     DatabaseAway,
+    /// One relay is cut off from the database, which answers the others: what it asks or is answered waits for the end.
+    CutOff,
     /// The broker ends its sessions and cannot be reached.
     BrokerAway,
-    /// The broker takes nothing of a topic.
+    /// The broker takes nothing of a topic; what a handler needs is away.
     TopicAway,
     /// The database's clock is set forward or back.
     ClockJump,
@@ -74,12 +77,13 @@ pub(super) enum Event {
     Failover,
 }
 
-const EVENTS: [Event; 9] = [
+const EVENTS: [Event; 10] = [
     Event::Crash,
     Event::Shutdown,
     Event::Freeze,
     Event::DatabaseCrash,
     Event::DatabaseAway,
+    Event::CutOff,
     Event::BrokerAway,
     Event::TopicAway,
     Event::ClockJump,
@@ -88,7 +92,7 @@ const EVENTS: [Event; 9] = [
 
 impl Plan {
     pub(super) fn new(chance: &mut Chance) -> Self {
-        Self {
+        let mut plan = Self {
             partitions: [1, 1, 2][chance.below(3)],
             relays: chance.within(1..=3),
             topics: chance.within(1..=2),
@@ -105,7 +109,10 @@ impl Plan {
             },
             filter: chance.hit(0.15),
             faults: Faults::new(chance),
-        }
+            consumer: ConsumerPlan::default(),
+        };
+        plan.consumer = ConsumerPlan::new(chance, plan.settings.lease);
+        plan
     }
 
     /// Whether nothing but the application's own doings and refusals by name disturb the way of an event.
@@ -120,7 +127,11 @@ impl Plan {
             f.slow_batch,
             f.unreachable,
         ];
-        f.events.is_empty() && calls.iter().chain(&broker).all(|p| *p == 0.0)
+        // A relay that stops in order, with time to drain, leaves nothing to repeat: only what was confirmed behind
+        // an event that still waits.
+        let drains = self.settings.drain >= Duration::from_millis(500) && f.refused == 0.0;
+        let orderly = |e: &Event| *e == Event::Shutdown && drains;
+        f.events.iter().all(orderly) && calls.iter().chain(&broker).all(|p| *p == 0.0)
     }
 }
 
@@ -175,7 +186,11 @@ impl Faults {
         let faults = if calm { faults.calm() } else { faults };
         let events: Vec<Event> = EVENTS.into_iter().filter(|_| chance.hit(0.3)).collect();
         Self {
-            events: if calm { Vec::new() } else { events },
+            events: if calm {
+                vec![Event::Shutdown; chance.below(2)]
+            } else {
+                events
+            },
             ..faults
         }
     }
@@ -190,6 +205,54 @@ impl Faults {
             defect: self.defect,
             unrouted: self.unrouted,
             ..Self::default()
+        }
+    }
+}
+
+/// The consumers' part of a plan.
+#[derive(Debug, Clone, Default)]
+pub(super) struct ConsumerPlan {
+    pub(super) replayable: bool,
+    pub(super) consumers: usize,
+    pub(super) events: usize,
+    pub(super) settings: ConsumerSettings,
+    /// How likely each temper is.
+    pub(super) tempers: [f64; 8],
+    pub(super) repeats: f64,
+    pub(super) conflict: f64,
+}
+
+impl ConsumerPlan {
+    pub(super) fn new(chance: &mut Chance, lease: LeaseTerm) -> Self {
+        let mut some = |likely: f64, most: f64| {
+            let (has, share) = (chance.hit(likely), chance.share());
+            if has { share * most } else { 0.0 }
+        };
+        let tempers = [
+            some(0.6, 0.5),
+            some(0.15, 0.2),
+            some(0.1, 0.05),
+            some(0.2, 0.2),
+            some(0.2, 0.2),
+            some(0.2, 0.2),
+            some(0.15, 0.2),
+            some(0.15, 0.2),
+        ];
+        let (repeats, conflict) = (some(0.6, 0.5), some(0.3, 0.05));
+        Self {
+            replayable: chance.hit(0.5),
+            consumers: chance.within(1..=3),
+            events: chance.within(4..=40),
+            settings: ConsumerSettings {
+                lease,
+                batch: chance.within(1..=8),
+                deferred: [2, 8, 1_000][chance.below(3)],
+                deferred_per_key: [1, 3, 1_000][chance.below(3)],
+                drain: chance.millis(0..=1_000),
+            },
+            tempers,
+            repeats,
+            conflict,
         }
     }
 }

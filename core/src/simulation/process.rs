@@ -28,6 +28,10 @@ impl Process {
         result
     }
 
+    pub(super) fn is_stopped(&self) -> bool {
+        self.lock().is_some()
+    }
+
     pub(super) fn stop(&self) {
         self.lock().get_or_insert_default();
     }

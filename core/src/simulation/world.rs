@@ -1,6 +1,7 @@
 //! What all parts of a schedule share: the two servers, the seed's randomness, what happened, what went wrong.
 
 use std::{
+    collections::BTreeMap,
     fmt::Display,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -9,8 +10,8 @@ use std::{
 use tokio::{sync::oneshot, time::Instant};
 
 use super::{
-    application::Application, broker::Broker, chance::Chance, check::Checks, database::Database,
-    plan::Plan,
+    application::Application, broker::Broker, chance::Chance, check::Checks,
+    consumption::Consumption, database::Database, plan::Plan, queue::Queue, transaction::Units,
 };
 use crate::error::{Error, Kind, Result};
 
@@ -29,9 +30,16 @@ pub(super) struct Inner {
     pub(super) broker: Broker,
     pub(super) application: Application,
     pub(super) checks: Checks,
+    pub(super) queue: Queue,
+    pub(super) units: Units,
+    pub(super) consumption: Consumption,
     /// No more faults.
     pub(super) healed: bool,
+    /// Nothing waits, and nothing is refused any more.
+    pub(super) straight: bool,
     pub(super) database_away: Option<Instant>,
+    /// Processes that cannot reach the database.
+    pub(super) cut_off: BTreeMap<usize, Instant>,
     /// How far the database's clock is off, in milliseconds.
     pub(super) clock: i64,
     start: Instant,
@@ -52,8 +60,13 @@ impl World {
                 broker: Broker::default(),
                 application: Application::default(),
                 checks: Checks::default(),
+                queue: Queue::default(),
+                units: Units::default(),
+                consumption: Consumption::default(),
                 healed: false,
+                straight: false,
                 database_away: None,
+                cut_off: BTreeMap::new(),
                 clock: 1_000_000,
                 start,
                 calls: 0,
@@ -92,13 +105,31 @@ impl World {
         tokio::spawn(async move {
             let (there, back, fate) = world.with(Inner::fate);
             tokio::time::sleep(there).await;
+            let fate = if world.reconnected(by).await {
+                Fate::Before
+            } else {
+                fate
+            };
             let (result, incarnation) =
                 world.with(|w| (w.serve(by, what, fate, effect), w.database.incarnation));
             tokio::time::sleep(back).await;
+            world.reconnected(by).await;
             let same = world.with(|w| w.database.incarnation) == incarnation;
             let _ = reply.send(if same { result } else { Err(away(what)) });
         });
         answer.await.unwrap_or_else(|_| Err(away(what)))
+    }
+}
+
+impl World {
+    /// Waits until a process is no longer cut off. Whether it was, and what it sent is gone.
+    async fn reconnected(&self, process: usize) -> bool {
+        let Some(until) = self.with(|w| w.cut_off.get(&process).copied()) else {
+            return false;
+        };
+        let was = Instant::now() < until;
+        tokio::time::sleep_until(until).await;
+        was
     }
 }
 
@@ -149,16 +180,16 @@ impl Inner {
             .database_away
             .is_some_and(|until| Instant::now() < until);
         if is_away || fate == Fate::Before {
-            self.tell(|| format!("relay {by}: {what}: not reached"));
+            self.tell(|| format!("process {by}: {what}: not reached"));
             return Err(away(what));
         }
         let result = effect(self);
         self.tell(|| match &result {
-            Err(e) => format!("relay {by}: {what}: {e}"),
+            Err(e) => format!("process {by}: {what}: {e}"),
             Ok(_) if fate == Fate::After => {
-                format!("relay {by}: {what}: done, but the answer is lost")
+                format!("process {by}: {what}: done, but the answer is lost")
             }
-            Ok(_) => format!("relay {by}: {what}"),
+            Ok(_) => format!("process {by}: {what}"),
         });
         if fate == Fate::After {
             Err(away(what))
