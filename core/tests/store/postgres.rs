@@ -86,7 +86,7 @@ pub(crate) fn pool(database: &Database) -> PgPool {
 
 fn tables(sql: &str) -> AssertSqlSafe<String> {
     let mut sql = sql.to_owned();
-    for table in ["outbox", "deferred", "dead_letter", "inbox"] {
+    for table in ["outbox", "cursor", "deferred", "dead_letter", "inbox"] {
         sql = sql.replace(&format!("{{{table}}}"), &format!("{SCHEMA}.{table}"));
     }
     AssertSqlSafe(sql)

@@ -40,7 +40,7 @@ impl File {
 
 fn tables(sql: &str) -> AssertSqlSafe<String> {
     let mut sql = sql.to_owned();
-    for table in ["outbox", "deferred", "dead_letter", "inbox"] {
+    for table in ["outbox", "cursor", "deferred", "dead_letter", "inbox"] {
         sql = sql.replace(&format!("{{{table}}}"), &format!("pillarbox_{table}"));
     }
     AssertSqlSafe(sql)
@@ -168,6 +168,27 @@ async fn positions_never_come_again() {
     suite::enqueue(&database, &next).await;
     let (read, _) = suite::drain(&**store, end, 10).await;
     assert_eq!(suite::ids(&read), suite::ids_of(&next));
+}
+
+/// Else two processes, each with a part of the databases, would wait for each other.
+#[tokio::test]
+async fn memory_is_held_whole_or_not_at_all() {
+    let (one, two) = (File::new(), File::new());
+    let (one, two) = (suite::migrated(&one).await, suite::migrated(&two).await);
+    let term = pillarbox_core::lease::LeaseTerm::new(Duration::from_secs(1));
+    let held = pillarbox_core::memory::hold(&[&two], term).await.unwrap();
+    let waiting = tokio::spawn({
+        let (one, two) = (one.clone(), two.clone());
+        async move { pillarbox_core::memory::hold(&[&one, &two], term).await }
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    // The one that waits for the second database leaves the first alone.
+    let first = [&one];
+    let free = pillarbox_core::memory::hold(&first, term);
+    let free = tokio::time::timeout(Duration::from_secs(20), free).await;
+    free.unwrap().unwrap().release().await.unwrap();
+    held.release().await.unwrap();
+    waiting.await.unwrap().unwrap().release().await.unwrap();
 }
 
 #[tokio::test]

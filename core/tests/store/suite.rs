@@ -34,7 +34,7 @@ pub(crate) mod texts;
 pub(crate) trait Bench: Send + Sync {
     /// The database through a pool, and so a store, of its own on each call.
     async fn database(&self) -> Database;
-    /// Runs a statement. `{outbox}`, `{deferred}`, `{dead_letter}` and `{inbox}` stand for the tables.
+    /// Runs a statement. `{outbox}`, `{cursor}`, `{deferred}`, `{dead_letter}` and `{inbox}` stand for the tables.
     async fn execute(&self, sql: &str);
     /// One number.
     async fn number(&self, sql: &str) -> i64;
@@ -225,6 +225,7 @@ macro_rules! exercise {
         $crate::suite::cases! { $open;
             schema::migrating_again_changes_nothing,
             schema::many_migrate_at_once,
+            schema::main_stands_at_the_start_of_the_log,
             schema::a_database_without_tables_names_migrate,
             schema::a_schema_that_asks_for_a_newer_program_is_refused,
             schema::a_schema_of_another_name_is_apart,

@@ -33,6 +33,13 @@ pub(crate) async fn many_migrate_at_once(bench: &dyn Bench) {
     );
 }
 
+/// Before any relay has run: else nothing would hold back what it has not sent.
+pub(crate) async fn main_stands_at_the_start_of_the_log(bench: &dyn Bench) {
+    migrated(bench).await;
+    let main = "SELECT count(*) FROM {cursor} WHERE destination = 'main' AND last = 0";
+    assert_eq!(bench.number(main).await, 1);
+}
+
 pub(crate) async fn a_database_without_tables_names_migrate(bench: &dyn Bench) {
     let database = bench.database().await;
     let error = database.store().partitions().await.unwrap_err();
