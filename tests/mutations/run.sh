@@ -5,11 +5,12 @@
 #
 # A patch begins with a sentence that says what it breaks, then `run: COMMAND`, and, if the command needs servers,
 # `needs: NAME` of the environment variable that leads to one (target/debug/pillarbox-servers gives them). The command
-# must pass on the code as it is. Works on a copy of what is committed or changed in tracked files.
+# must pass on the code as it is, with a test or more that ran. Works on a copy of what is committed or changed in tracked
+# files, under target/mutations.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(git -C "$here" rev-parse --show-toplevel)
-copy=$(mktemp -d)/copy
+copy=$root/target/mutations/copy
 logs=$root/target/mutations/logs
 export CARGO_TARGET_DIR=$root/target/mutations RUST_BACKTRACE=0
 # The first failing seed is enough.
@@ -18,8 +19,9 @@ mkdir -p "$logs"
 
 cleanup() {
     git -C "$root" worktree remove --force "$copy" 2>/dev/null
-    rmdir "$(dirname "$copy")" 2>/dev/null
+    git -C "$root" worktree prune
 }
+cleanup
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
@@ -64,10 +66,10 @@ for patch in "$here"/*.patch; do
     fi
     if [ -z "${sound[$command]:-}" ]; then
         log=$logs/unbroken.log
-        if compiles "$command" "$log" && passes "$command" "$log"; then
+        if compiles "$command" "$log" && passes "$command" "$log" && grep -q '^running [1-9]' "$log"; then
             sound[$command]=yes
         else
-            echo "fails without any change: $command (see $log)"
+            echo "fails or runs nothing without any change: $command (see $log)"
             exit 2
         fi
     fi
