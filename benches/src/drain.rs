@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use pillarbox::{Outbox, transport::Transport};
 use pillarbox_amqp::QueueType;
 
@@ -29,6 +29,12 @@ pub(crate) struct Drain {
     /// Channels of each partition's publisher; the raw client has as many as all of them together.
     #[arg(long, default_value_t = 4)]
     channels: u16,
+    /// Into queues of this type alone.
+    #[arg(long)]
+    queue: Option<Kind>,
+    /// The raw client or the relay alone, for a profiler.
+    #[arg(long)]
+    only: Option<Side>,
     /// Runs of each, in turn.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
@@ -48,32 +54,45 @@ impl Drain {
             "{:<8} {:>14} {:>14} {:>8}",
             "queue", "raw client/s", "relay/s", "ratio"
         );
-        for queue_type in [QueueType::Quorum, QueueType::Classic] {
-            let mut ratios = Vec::new();
-            for _ in 0..self.rounds {
-                let raw = self.raw(queue_type).await?;
-                let relayed = self.relay(queue_type).await?;
-                let ratio = raw.as_secs_f64() / relayed.as_secs_f64();
-                println!(
-                    "{:<8} {:>14.0} {:>14.0} {ratio:>8.2}",
-                    name(queue_type),
-                    self.rate(raw),
-                    self.rate(relayed)
-                );
-                ratios.push(ratio);
+        for kind in [Kind::Quorum, Kind::Classic] {
+            if self.queue.is_none_or(|only| only == kind) {
+                self.compare(kind).await?;
             }
-            ratios.sort_by(f64::total_cmp);
-            println!(
-                "{:<8} median ratio {:.2}",
-                name(queue_type),
-                ratios[ratios.len() / 2]
-            );
         }
         Ok(())
     }
 
-    async fn raw(&self, queue_type: QueueType) -> Measured<Duration> {
+    async fn compare(&self, kind: Kind) -> Measured<()> {
+        let mut ratios = Vec::new();
+        for round in 0..self.rounds {
+            let mut rates = [f64::NAN; 2];
+            // In turn: a broker that is warm, or has put work off, favours neither.
+            let order = [[Side::Raw, Side::Relay], [Side::Relay, Side::Raw]];
+            for side in order[round as usize % 2] {
+                if self.only.is_none_or(|only| only == side) {
+                    rates[side as usize] = self.rate(self.one(side, kind).await?);
+                }
+            }
+            let [raw, relay] = rates;
+            println!("{kind:<8?} {raw:>14.0} {relay:>14.0} {:>8.2}", relay / raw);
+            ratios.push(relay / raw);
+        }
+        ratios.sort_by(f64::total_cmp);
+        println!("{kind:<8?} median ratio {:.2}", ratios[ratios.len() / 2]);
+        Ok(())
+    }
+
+    async fn one(&self, side: Side, kind: Kind) -> Measured<Duration> {
         let stage = Stage::new().await?;
+        let took = match side {
+            Side::Raw => self.raw(&stage, kind.into()).await,
+            Side::Relay => self.relay(&stage, kind.into()).await,
+        };
+        stage.clear().await?;
+        took
+    }
+
+    async fn raw(&self, stage: &Stage, queue_type: QueueType) -> Measured<Duration> {
         // Declares exchange and queue; the raw client then finds what the relay would.
         drop(amqp(&stage.amqp_url, queue_type, 1)?.publisher().await?);
         raw::publish(
@@ -86,8 +105,7 @@ impl Drain {
         .await
     }
 
-    async fn relay(&self, queue_type: QueueType) -> Measured<Duration> {
-        let stage = Stage::new().await?;
+    async fn relay(&self, stage: &Stage, queue_type: QueueType) -> Measured<Duration> {
         stage.fill(self.events, self.bytes, self.keys).await?;
         let amqp = amqp(&stage.amqp_url, queue_type, self.channels)?;
         drop(amqp.publisher().await?);
@@ -106,9 +124,25 @@ impl Drain {
     }
 }
 
-fn name(queue_type: QueueType) -> &'static str {
-    match queue_type {
-        QueueType::Quorum => "quorum",
-        QueueType::Classic => "classic",
+/// What is published into.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    Quorum,
+    Classic,
+}
+
+impl From<Kind> for QueueType {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Quorum => Self::Quorum,
+            Kind::Classic => Self::Classic,
+        }
     }
+}
+
+/// Who publishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Side {
+    Raw,
+    Relay,
 }

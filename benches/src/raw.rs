@@ -6,7 +6,7 @@ use futures_util::{StreamExt, future::try_join_all, stream::FuturesUnordered};
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
     options::{BasicPublishOptions, ConfirmSelectOptions},
-    types::FieldTable,
+    types::{AMQPValue, FieldTable},
 };
 
 use crate::{
@@ -50,22 +50,7 @@ pub(crate) async fn publish(
 async fn on(channel: Channel, events: u32, window: usize, body: String) -> Measured<()> {
     let mut open = FuturesUnordered::new();
     for n in 0..events {
-        // What a relay's message has at the least: an id, a type, persistence, an envelope in headers.
-        let mut headers = FieldTable::default();
-        for (name, value) in [
-            ("id", n.to_string()),
-            ("type", KIND.to_owned()),
-            ("source", "bench".to_owned()),
-        ] {
-            headers.insert(
-                format!("cloudEvents_{name}").into(),
-                lapin::types::AMQPValue::LongString(value.into()),
-            );
-        }
-        let properties = BasicProperties::default()
-            .with_delivery_mode(2)
-            .with_message_id(uuid::Uuid::now_v7().to_string().into())
-            .with_headers(headers);
+        let properties = envelope(n);
         let options = BasicPublishOptions {
             mandatory: true,
             ..Default::default()
@@ -88,6 +73,34 @@ async fn on(channel: Channel, events: u32, window: usize, body: String) -> Measu
         confirmed(open.next().await)?;
     }
     Ok(())
+}
+
+/// The same properties and headers as the relay's messages have: what is compared is the way to the broker, not the load.
+fn envelope(n: u32) -> BasicProperties {
+    let id = uuid::Uuid::now_v7().to_string();
+    let mut headers = FieldTable::default();
+    for (name, value) in [
+        ("specversion", "1.0".to_owned()),
+        ("id", id.clone()),
+        ("type", KIND.to_owned()),
+        ("time", "2026-01-01T00:00:00.123456Z".to_owned()),
+        ("partitionkey", format!("key-{}", n % 1_000)),
+        ("dataversion", "1".to_owned()),
+        ("pillarboxepoch", "1".to_owned()),
+        ("pillarboxposition", n.to_string()),
+        ("source", "bench".to_owned()),
+    ] {
+        let value = AMQPValue::LongString(value.into());
+        headers.insert(format!("cloudEvents_{name}").into(), value);
+    }
+    BasicProperties::default()
+        .with_delivery_mode(2)
+        .with_message_id(id.into())
+        .with_type(KIND.into())
+        .with_timestamp(1_767_225_600)
+        .with_content_type("text/plain".into())
+        .with_app_id("bench".into())
+        .with_headers(headers)
 }
 
 fn confirmed(answer: Option<lapin::Result<Confirmation>>) -> Measured<()> {

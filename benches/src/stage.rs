@@ -1,12 +1,16 @@
 //! Servers, databases, queues, and a transport that counts confirms.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering::Relaxed},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use futures_util::{FutureExt, future::BoxFuture};
+use lapin::{Connection, ConnectionProperties, options::QueueDeleteOptions};
 use pillarbox::{
     Outbox, Relay, RelaySettings,
     transport::{Binding, Message, Outcome, Publisher, Result, Source, Subscription, Transport},
@@ -43,6 +47,18 @@ impl Stage {
             amqp_url,
             pool,
         })
+    }
+
+    /// Deletes the queue and lets the broker do what it has put off, which would count for the next run.
+    pub(crate) async fn clear(&self) -> Measured<()> {
+        let connection =
+            Connection::connect(&self.amqp_url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        let all = QueueDeleteOptions::default();
+        channel.queue_delete(QUEUE.into(), all).await?;
+        connection.close(200, "done".into()).await?;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        Ok(())
     }
 
     /// Commits a backlog by plain SQL: payloads of `bytes`, `keys` keys in turn.

@@ -3,7 +3,7 @@
 //! The prefix differs for each broker (`cloudEvents_`, `ce_`, `ce-`); the names behind it do not. `datacontenttype` is
 //! the broker's own content-type field and is not among the headers, as the specification asks.
 
-use std::time::SystemTime;
+use std::{borrow::Cow, time::SystemTime};
 
 use bytes::Bytes;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
@@ -15,20 +15,20 @@ pub const SPECVERSION: &str = "1.0";
 
 /// The envelope as (name without prefix, value).
 #[must_use]
-pub fn encode(m: &Message) -> Vec<(&str, String)> {
+pub fn encode(m: &Message) -> Vec<(&str, Cow<'_, str>)> {
     let mut out = Vec::with_capacity(m.attributes.len() + 5);
-    out.push(("specversion", SPECVERSION.to_owned()));
-    out.push(("id", m.id.clone()));
-    out.push(("type", m.kind.clone()));
-    out.push(("time", rfc3339(m.time)));
+    out.push(("specversion", SPECVERSION.into()));
+    out.push(("id", m.id.as_str().into()));
+    out.push(("type", m.kind.as_str().into()));
+    out.push(("time", rfc3339(m.time).into()));
     if let Some(key) = &m.key {
-        out.push(("partitionkey", key.clone()));
+        out.push(("partitionkey", key.as_str().into()));
     }
     let rest = m
         .attributes
         .iter()
         .filter(|(name, _)| *name != "datacontenttype");
-    out.extend(rest.map(|(name, value)| (name.as_str(), value.clone())));
+    out.extend(rest.map(|(name, value)| (name.as_str(), value.as_str().into())));
     out
 }
 
@@ -105,7 +105,7 @@ mod tests {
         m.time = SystemTime::UNIX_EPOCH + std::time::Duration::from_micros(1_700_000_000_123_456);
         let wire: Vec<(String, String)> = encode(&m)
             .into_iter()
-            .map(|(n, v)| (format!("ce_{n}"), v))
+            .map(|(n, v)| (format!("ce_{n}"), v.into_owned()))
             .chain([("mine".to_owned(), "x".to_owned())])
             .collect();
         let wire = wire.iter().map(|(n, v)| (n.as_str(), v.clone()));

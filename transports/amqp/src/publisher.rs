@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashSet,
-    pin::Pin,
+    mem,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::{
     FutureExt,
     future::{BoxFuture, try_join_all},
@@ -25,6 +26,7 @@ use lapin::{
 };
 use pillarbox_transport::{Error, Kind, Message, Outcome, Publisher, Result};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio_util::sync::ReusableBoxFuture;
 
 use crate::{
     connection::Live,
@@ -180,7 +182,7 @@ impl Shared {
     async fn prepare(
         &self,
         inbox: &mut Inbox,
-        channel: &mut Channel,
+        channel: &mut Arc<Channel>,
         messages: &[Message],
     ) -> Result<Vec<Result<Wire, Outcome>>, End> {
         let mut end = self.end.subscribe();
@@ -209,13 +211,13 @@ impl Shared {
 
     /// Makes good what the broker has closed or lost, so that a queue is never missing only because its exchange was
     /// made anew without it.
-    async fn renew(&self, inbox: &mut Inbox, channel: &mut Channel) -> Result<()> {
+    async fn renew(&self, inbox: &mut Inbox, channel: &mut Arc<Channel>) -> Result<()> {
         if self.stale.load(Relaxed) {
             inbox.declared = self.plan.declare().await?;
             self.stale.store(false, Relaxed);
         }
         if !channel.status().connected() {
-            *channel = confirming(&self.plan.live).await?;
+            *channel = Arc::new(confirming(&self.plan.live).await?);
         }
         Ok(())
     }
@@ -260,7 +262,8 @@ impl Shared {
 }
 
 /// Serves one channel until the session's handle is dropped.
-async fn work(shared: Arc<Shared>, mut channel: Channel) {
+async fn work(shared: Arc<Shared>, channel: Channel) {
+    let (mut channel, mut spare) = (Arc::new(channel), Vec::new());
     loop {
         let mut inbox = shared.inbox.lock().await;
         let Some(Batch { messages, answer }) = inbox.queue.recv().await else {
@@ -270,10 +273,9 @@ async fn work(shared: Arc<Shared>, mut channel: Channel) {
         let outcomes = match prepared {
             Err(end) => end.outcomes(messages.len()),
             Ok(wires) => {
-                let unwritten = AtomicUsize::new(0);
-                let flight = Flight::start(&channel, &messages, wires, &unwritten);
+                let flight = Flight::start(&channel, &messages, wires, &mut spare);
                 drop(inbox);
-                flight.land(&shared, &channel, &messages, &unwritten).await
+                flight.land(&shared, &channel, &messages, &mut spare).await
             }
         };
         // The owner may have lost interest.
@@ -288,40 +290,53 @@ async fn confirming(live: &Live) -> Result<Channel> {
     Ok(channel)
 }
 
-enum Step<'a> {
+/// A publish until its confirm. lapin's futures are large: the memory of one serves the next.
+type Publishing = ReusableBoxFuture<'static, Answer>;
+
+enum Step {
     Known(Outcome),
-    Waiting(Pin<Box<dyn Future<Output = Answer> + Send + 'a>>),
+    Waiting(Publishing),
     Answered(Answer),
 }
 
 /// One batch between its first publish and its last confirm.
-struct Flight<'a>(Vec<Step<'a>>);
+struct Flight {
+    steps: Vec<Step>,
+    /// Messages that may not have left this process.
+    unwritten: Arc<AtomicUsize>,
+}
 
-impl<'a> Flight<'a> {
+impl Flight {
     /// Queues the messages for the broker, in order.
     fn start(
-        channel: &'a Channel,
-        messages: &'a [Message],
+        channel: &Arc<Channel>,
+        messages: &[Message],
         wires: Vec<Result<Wire, Outcome>>,
-        unwritten: &'a AtomicUsize,
+        spare: &mut Vec<Publishing>,
     ) -> Self {
-        let step = |(message, wire): (&'a Message, Result<Wire, Outcome>)| {
+        let unwritten = Arc::new(AtomicUsize::new(0));
+        let step = |(message, wire): (&Message, Result<Wire, Outcome>)| {
             let wire = match wire {
                 Ok(wire) => wire,
                 Err(outcome) => return Step::Known(outcome),
             };
-            let body = message.payload.as_deref().unwrap_or_default();
-            let mut publish = Box::pin(publish(channel, wire, body, unwritten));
+            let body = message.payload.clone().unwrap_or_default();
+            let publish = publish(channel.clone(), wire, body, unwritten.clone());
+            let mut publishing = match spare.pop() {
+                Some(mut used) => {
+                    used.set(publish);
+                    used
+                }
+                None => Publishing::new(publish),
+            };
             // The first poll queues the frames; the waker comes with the next.
-            match publish
-                .as_mut()
-                .poll(&mut Context::from_waker(Waker::noop()))
-            {
+            match publishing.poll(&mut Context::from_waker(Waker::noop())) {
                 Poll::Ready(answer) => Step::Answered(answer),
-                Poll::Pending => Step::Waiting(publish),
+                Poll::Pending => Step::Waiting(publishing),
             }
         };
-        Self(messages.iter().zip(wires).map(step).collect())
+        let steps = messages.iter().zip(wires).map(step).collect();
+        Self { steps, unwritten }
     }
 
     /// Waits for all confirms.
@@ -330,22 +345,24 @@ impl<'a> Flight<'a> {
         shared: &Shared,
         channel: &Channel,
         messages: &[Message],
-        unwritten: &AtomicUsize,
+        spare: &mut Vec<Publishing>,
     ) -> Vec<Outcome> {
-        let steps = &mut self.0;
         let all = async {
-            for step in steps.iter_mut() {
-                if let Step::Waiting(confirm) = step {
-                    *step = Step::Answered(confirm.await);
+            for step in &mut self.steps {
+                if let Step::Waiting(publishing) = step {
+                    let answer = publishing.await;
+                    if let Step::Waiting(used) = mem::replace(step, Step::Answered(answer)) {
+                        spare.push(used);
+                    }
                 }
             }
         };
         let limit = shared.plan.confirm_timeout;
         let mut late = Vec::new();
         if shared.plan.live.within(limit, all).await.is_none() {
-            late = self.give_up(shared, channel, unwritten).await;
+            late = self.give_up(shared, channel).await;
         }
-        shared.judge(self.0, &late, messages)
+        shared.judge(self.steps, &late, messages)
     }
 
     /// After the deadline: what was confirmed in time keeps its confirm, and the rest is unknown.
@@ -353,21 +370,16 @@ impl<'a> Flight<'a> {
     /// A return may just be on its way from lapin's thread to a confirm that is not waited for any more. Whatever was
     /// received by now has been handed out when the broker's answer to one more question has: without that answer, no
     /// confirm is believed. Answers the confirms that came late, for the returns that they carry.
-    async fn give_up(
-        &mut self,
-        shared: &Shared,
-        channel: &Channel,
-        unwritten: &AtomicUsize,
-    ) -> Vec<Answer> {
+    async fn give_up(&mut self, shared: &Shared, channel: &Channel) -> Vec<Answer> {
         let live = &shared.plan.live;
-        for step in &mut self.0 {
+        for step in &mut self.steps {
             if let Step::Waiting(confirm) = step
                 && let Some(answer) = confirm.now_or_never()
             {
                 *step = Step::Answered(answer);
             }
         }
-        if unwritten.load(Relaxed) > 0 {
+        if self.unwritten.load(Relaxed) > 0 {
             // lapin would still send them later, after whoever sends them again.
             live.cut();
         }
@@ -377,7 +389,7 @@ impl<'a> Flight<'a> {
             .await
             .is_ok();
         let mut late = Vec::new();
-        for step in &mut self.0 {
+        for step in &mut self.steps {
             match step {
                 Step::Waiting(confirm) => late.extend(confirm.now_or_never()),
                 Step::Answered(Ok(_)) if !believed => *step = Step::Answered(Err(overtaken())),
@@ -393,14 +405,19 @@ fn overtaken() -> lapin::Error {
     std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }
 
-async fn publish(channel: &Channel, wire: Wire, body: &[u8], unwritten: &AtomicUsize) -> Answer {
+async fn publish(
+    channel: Arc<Channel>,
+    wire: Wire,
+    body: Bytes,
+    unwritten: Arc<AtomicUsize>,
+) -> Answer {
     let options = BasicPublishOptions {
         mandatory: true,
         ..BasicPublishOptions::default()
     };
     unwritten.fetch_add(1, Relaxed);
     let written = channel
-        .basic_publish(wire.exchange, wire.key, options, body, wire.properties)
+        .basic_publish(wire.exchange, wire.key, options, &body, wire.properties)
         .await;
     unwritten.fetch_sub(1, Relaxed);
     let confirmation = written?.await?;
@@ -413,7 +430,7 @@ async fn publish(channel: &Channel, wire: Wire, body: &[u8], unwritten: &AtomicU
 
 impl Shared {
     /// What became of each message. Ends the session when that is unknown for any.
-    fn judge(&self, steps: Vec<Step<'_>>, late: &[Answer], messages: &[Message]) -> Vec<Outcome> {
+    fn judge(&self, steps: Vec<Step>, late: &[Answer], messages: &[Message]) -> Vec<Outcome> {
         let answers = steps.iter().filter_map(|step| match step {
             Step::Answered(answer) => Some(answer),
             _ => None,

@@ -97,19 +97,22 @@ impl Encoder {
     fn headers(&self, m: &Message) -> Result<FieldTable> {
         let mut table = FieldTable::default();
         let mut bytes = 0;
-        let mut insert = |name: String, value: String| -> Result<()> {
+        let mut insert = |name: &str, value: &str| -> Result<()> {
             bytes += name.len() + value.len() + OVERHEAD.0;
-            table.insert(short(&name)?, AMQPValue::LongString(value.into()));
+            table.insert(short(name)?, AMQPValue::LongString(value.as_bytes().into()));
             Ok(())
         };
+        let mut prefixed = PREFIX.to_owned();
         for (name, value) in cloudevents::encode(m) {
-            insert(format!("{PREFIX}{name}"), value)?;
+            prefixed.truncate(PREFIX.len());
+            prefixed.push_str(name);
+            insert(&prefixed, &value)?;
         }
         for (name, value) in m.headers.iter().filter(|(name, _)| may_travel(name)) {
-            insert(name.clone(), value.clone())?;
+            insert(name, value)?;
         }
         if m.payload.is_none() {
-            insert(TOMBSTONE.to_owned(), "true".to_owned())?;
+            insert(TOMBSTONE, "true")?;
         }
         if bytes > self.limits.header_bytes {
             let what = "headers and attributes together";

@@ -171,7 +171,7 @@ impl Session<'_> {
             Outcome::Retry(_) => "retry",
             Outcome::Rejected(_) => "rejected",
         };
-        let destination = self.core.destination.to_string();
+        let destination = self.core.destination.clone();
         metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(1);
     }
 }
