@@ -197,7 +197,7 @@ impl<T> Window<T> {
     /// Takes up to `most` events into flight, oldest first, that `allowed` lets pass.
     pub fn take(&mut self, most: usize, mut allowed: impl FnMut(&T) -> bool) -> Vec<Attempt> {
         let most = most.min(self.limits.in_flight.saturating_sub(self.in_flight));
-        let mut taken = Vec::new();
+        let mut taken = Vec::with_capacity(most.min(self.ready.len()));
         let mut from = 0;
         while taken.len() < most {
             let Some(&seq) = self.ready.range(from..).next() else {
