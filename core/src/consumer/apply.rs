@@ -35,15 +35,18 @@ pub(super) enum Undone {
     Fenced,
     /// The transaction lost to another, or an event took too long: run its events again, one by one.
     Alone(String),
-    /// A handler's dependency is away, or the waiting room is full.
+    /// What a handler needs is away, or the waiting room is full: later, and nothing is counted.
     Unavailable(String),
 }
 
 /// What was committed.
 #[derive(Debug, Default)]
 pub(super) struct Applied {
-    /// How many of the events, from the first on; less than all when they take their time.
+    /// How many of the events, from the first on; less than all when they take their time, or when one of them must run
+    /// again.
     pub(super) handled: usize,
+    /// The first of the rest runs again by itself.
+    pub(super) alone: bool,
     pub(super) applied: u64,
     pub(super) duplicates: u64,
     pub(super) skipped: u64,
@@ -58,6 +61,16 @@ enum Verdict {
     Applied,
     Duplicate,
     Failed { next: Next, reason: String },
+}
+
+/// Why an event must run again, with nothing counted: its own writes are undone.
+enum Again {
+    /// It lost to another transaction.
+    Conflict,
+    /// Its database is away, or full.
+    Away(String),
+    /// What it depends on is away, or the waiting room is full.
+    Unavailable(String),
 }
 
 /// Applies events in order in one transaction that proves the lease at its end, and renews it. `overdue`: the reason why
@@ -77,6 +90,11 @@ pub(super) async fn apply(
         .map_err(Undone::of)?;
     let done = run(core, &mut *unit, events, overdue).await;
     match done {
+        // Nothing to commit: the first event must run again.
+        Ok(applied) if applied.handled == 0 => {
+            let _ = unit.rollback().await;
+            Ok(applied)
+        }
         Ok(applied) => {
             let sent = Instant::now();
             unit.commit(lease, term).await.map_err(Undone::of)?;
@@ -123,26 +141,38 @@ async fn run(
             if pumped {
                 break;
             }
+            if let Some(full) = core.full(&done).await? {
+                return done.stop(Again::Unavailable(full), events.len());
+            }
             let wait = Deferral::behind(&event.message);
-            core.make_room(&mut done).await?;
             unit.defer(&wait).await.map_err(Undone::of)?;
             done.deferred += 1;
             lines.extend(key);
             continue;
         }
-        let verdict = match handler {
-            Ok(handler) => attempt(core, unit, event, &*handler, overdue).await?,
-            Err(reason) => Verdict::Failed {
+        let tried = match handler {
+            Ok(handler) => {
+                let of = events.len();
+                attempt(core, unit, (event, of), &*handler, overdue).await?
+            }
+            Err(reason) => Ok(Verdict::Failed {
                 next: Next::Reject,
                 reason,
-            },
+            }),
         };
-        if conclude(core, unit, event, verdict, &mut done).await? {
-            lines.extend(key);
-            if pumped {
+        let waits = match tried {
+            Ok(verdict) => conclude(core, unit, event, verdict, &mut done).await?,
+            Err(again) => Err(again),
+        };
+        match waits {
+            // What came before it in the batch is kept.
+            Err(again) => return done.stop(again, events.len()),
+            Ok(true) if pumped => {
                 done.waits = true;
                 break;
             }
+            Ok(true) => lines.extend(key),
+            Ok(false) => {}
         }
     }
     Ok(done)
@@ -182,9 +212,9 @@ impl Core {
     }
 
     /// The waiting room has a maximum: at it the source waits, rather than the database filling up.
-    async fn make_room(&self, done: &mut Applied) -> Result<(), Undone> {
+    async fn full(&self, done: &Applied) -> Result<Option<String>, Undone> {
         if done.deferred > 0 {
-            return Ok(());
+            return Ok(None);
         }
         let waiting = self
             .store
@@ -193,9 +223,9 @@ impl Core {
             .map_err(Undone::of)?;
         let (most, per_key) = (self.settings.deferred, self.settings.deferred_per_key);
         if waiting.total < most && waiting.longest < per_key {
-            return Ok(());
+            return Ok(None);
         }
-        Err(Undone::Unavailable(format!(
+        Ok(Some(format!(
             "{} events wait, {} of one key; the maxima are {most} and {per_key}",
             waiting.total, waiting.longest
         )))
@@ -205,20 +235,20 @@ impl Core {
 async fn attempt(
     core: &Core,
     unit: &mut dyn Unit,
-    event: &Incoming,
+    (event, of): (&Incoming, usize),
     handler: &dyn AnyHandler,
     overdue: Option<&str>,
-) -> Result<Verdict, Undone> {
+) -> Result<Result<Verdict, Again>, Undone> {
     if let Some(reason) = overdue {
-        return Ok(Verdict::Failed {
+        return Ok(Ok(Verdict::Failed {
             next: Next::Retry,
             reason: reason.to_owned(),
-        });
+        }));
     }
     unit.savepoint().await.map_err(Undone::of)?;
     if !unit.remember(&event.message).await.map_err(Undone::of)? {
         unit.keep().await.map_err(Undone::of)?;
-        return Ok(Verdict::Duplicate);
+        return Ok(Ok(Verdict::Duplicate));
     }
     let limit = handler_time(core.settings.lease.statement());
     let result = {
@@ -230,7 +260,7 @@ async fn attempt(
     let failure = match result {
         Ok(Ok(Ok(()))) => {
             return match unit.keep().await {
-                Ok(()) => Ok(Verdict::Applied),
+                Ok(()) => Ok(Ok(Verdict::Applied)),
                 Err(e) if e.kind() == Kind::Invalid => Err(Undone::Alone(e.to_string())),
                 Err(e) => Err(Undone::of(e)),
             };
@@ -244,24 +274,43 @@ async fn attempt(
             )));
         }
     };
-    if failure.is_away() {
-        return Err(Undone::Away(Error::new(
-            Kind::Unavailable,
-            "handle",
-            failure.reason(),
-        )));
+    let again = failure.again();
+    match (unit.undo().await, again) {
+        (Ok(()), Some(again)) => Ok(Err(again)),
+        (Ok(()), None) => Ok(Ok(Verdict::Failed {
+            next: failure.next,
+            reason: failure.reason(),
+        })),
+        // The transaction went with what the handler met: nothing of the batch is left.
+        (Err(_), Some(again)) => Err(again.undone(of)),
+        (Err(e), None) => Err(Undone::of(e)),
     }
-    if failure.is_conflict() {
-        return Err(Undone::Alone(String::new()));
+}
+
+impl Again {
+    /// When nothing of a batch of so many events is kept.
+    fn undone(self, events: usize) -> Undone {
+        match self {
+            Self::Away(reason) if events == 1 => Undone::Unavailable(reason),
+            Self::Conflict | Self::Away(_) => Undone::Alone(String::new()),
+            Self::Unavailable(reason) => Undone::Unavailable(reason),
+        }
     }
-    if failure.next == Next::Unavailable {
-        return Err(Undone::Unavailable(failure.reason()));
+}
+
+impl Failure {
+    /// Whether it is nobody's fault. SQLSTATE 40xxx, 55P03, 57014, 53xxx, 57Pxx, 08xxx and lost connections never count.
+    fn again(&self) -> Option<Again> {
+        if self.is_away() {
+            Some(Again::Away(self.reason()))
+        } else if self.is_conflict() {
+            Some(Again::Conflict)
+        } else if self.next == Next::Unavailable {
+            Some(Again::Unavailable(self.reason()))
+        } else {
+            None
+        }
     }
-    unit.undo().await.map_err(Undone::of)?;
-    Ok(Verdict::Failed {
-        next: failure.next,
-        reason: failure.reason(),
-    })
 }
 
 /// A handler ends before the database would end its idle transaction, so that the reason is known.
@@ -275,14 +324,14 @@ fn batch_time(term: Duration) -> Duration {
     term / 5
 }
 
-/// Writes what follows from a verdict. True if the event waits now.
+/// Writes what follows from a verdict. True if the event waits now; or it must run again, where it can wait nowhere.
 async fn conclude(
     core: &Core,
     unit: &mut dyn Unit,
     event: &Incoming,
     verdict: Verdict,
     done: &mut Applied,
-) -> Result<bool, Undone> {
+) -> Result<Result<bool, Again>, Undone> {
     let (next, reason) = match verdict {
         Verdict::Applied | Verdict::Duplicate => {
             let count = if matches!(verdict, Verdict::Applied) {
@@ -296,7 +345,7 @@ async fn conclude(
                     .await
                     .map_err(Undone::of)?;
             }
-            return Ok(false);
+            return Ok(Ok(false));
         }
         Verdict::Failed { next, reason } => (next, reason),
     };
@@ -308,7 +357,7 @@ async fn conclude(
                 .map_err(Undone::of)?;
         }
         done.applied += 1;
-        return Ok(false);
+        return Ok(Ok(false));
     }
     let attempts = event.attempts.saturating_add(1);
     let delay = delay(&core.retry, next, attempts);
@@ -323,7 +372,9 @@ async fn conclude(
             unit.resolve(id, &again).await.map_err(Undone::of)?;
         }
         (Some(delay), None) => {
-            core.make_room(done).await?;
+            if let Some(full) = core.full(done).await? {
+                return Ok(Err(Again::Unavailable(full)));
+            }
             let message = event.message.clone();
             let wait = Deferral {
                 message,
@@ -353,7 +404,7 @@ async fn conclude(
             done.dead += 1;
         }
     }
-    Ok(delay.is_some())
+    Ok(Ok(delay.is_some()))
 }
 
 fn delay(retry: &Retry, next: Next, attempts: u32) -> Option<Duration> {
@@ -391,6 +442,16 @@ impl Undone {
 }
 
 impl Applied {
+    /// Ends a batch of so many events before the one that it has come to.
+    fn stop(mut self, again: Again, events: usize) -> Result<Self, Undone> {
+        let alone = !matches!(again, Again::Unavailable(_));
+        if self.handled == 1 && !(alone && events > 1) {
+            return Err(again.undone(events));
+        }
+        (self.handled, self.alone) = (self.handled - 1, alone);
+        Ok(self)
+    }
+
     fn count(&self, group: &str) {
         let counts = [
             ("applied", self.applied),

@@ -130,27 +130,21 @@ async fn drain_line(
             }
         })
         .collect();
-    match apply(core, owner, &events, true, None).await {
-        Ok(applied) => return Ok(goes_on(core, &applied)),
-        Err(Undone::Alone(reason)) => {
-            tracing::debug!(group = %core.group, %reason, "a line goes on event by event");
-        }
-        Err(undone) => return waits(core, lease, undone),
-    }
-    // Only its head, and if that took too long even alone, that is its attempt.
-    let Some(head) = events.first().map(std::slice::from_ref) else {
-        return Ok(false);
-    };
-    match apply(core, owner, head, true, None).await {
-        Ok(applied) => Ok(goes_on(core, &applied)),
-        Err(Undone::Alone(reason)) if !reason.is_empty() => {
-            match apply(core, owner, head, true, Some(&reason)).await {
-                Ok(applied) => Ok(goes_on(core, &applied)),
-                Err(undone) => waits(core, lease, undone),
+    let (mut left, mut most, mut overdue) = (&events[..], events.len(), None::<String>);
+    while !left.is_empty() {
+        let part = &left[..most.min(left.len())];
+        match apply(core, owner, part, true, overdue.as_deref()).await {
+            Ok(applied) if applied.alone => (left, most) = (&left[applied.handled..], 1),
+            Ok(applied) => return Ok(goes_on(core, &applied)),
+            Err(Undone::Alone(_)) if part.len() > 1 => most = 1,
+            // It took too long even alone: that is its attempt.
+            Err(Undone::Alone(reason)) if !reason.is_empty() && overdue.is_none() => {
+                overdue = Some(reason);
             }
+            Err(undone) => return waits(core, lease, undone),
         }
-        Err(undone) => waits(core, lease, undone),
     }
+    Ok(false)
 }
 
 fn goes_on(core: &Core, applied: &Applied) -> bool {

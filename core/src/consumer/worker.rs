@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Core,
-    apply::{Incoming, Undone, apply},
+    apply::{Applied, Incoming, Undone, apply},
 };
 use crate::{
     backoff::Backoff,
@@ -198,19 +198,24 @@ impl Session<'_> {
     async fn store(&mut self, batch: Vec<Delivery>) -> Result<()> {
         let (events, acks): (Vec<_>, Vec<_>) = batch.into_iter().map(split).unzip();
         let mut acks = acks.into_iter();
-        let (mut left, mut together, mut overdue) = (&events[..], true, None::<String>);
+        // So many of the next run one by one.
+        let (mut left, mut alone, mut overdue) = (&events[..], 0_usize, None::<String>);
         let mut backoff = Backoff::connection();
         while !left.is_empty() && !self.stop.is_cancelled() {
-            let part = if together { left } else { &left[..1] };
+            let part = if alone == 0 { left } else { &left[..1] };
             match self.apply(part, overdue.take()).await {
-                Ok(stored) => {
-                    self.acknowledge(acks.by_ref().take(stored)).await?;
-                    left = &left[stored..];
+                Ok(applied) => {
+                    self.acknowledge(acks.by_ref().take(applied.handled))
+                        .await?;
+                    left = &left[applied.handled..];
+                    alone = alone
+                        .saturating_sub(applied.handled)
+                        .max(usize::from(applied.alone));
                     backoff.reset();
                 }
                 Err(Undone::Away(e)) => return Err(e),
                 Err(Undone::Fenced) => return Err(lost(self.lease)),
-                Err(Undone::Alone(_)) if part.len() > 1 => together = false,
+                Err(Undone::Alone(_)) if part.len() > 1 => alone = part.len(),
                 // It named itself by ending alone: an attempt.
                 Err(Undone::Alone(reason)) if !reason.is_empty() => overdue = Some(reason),
                 Err(Undone::Alone(_)) => self.wait(&mut backoff).await,
@@ -223,8 +228,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Answers how many of the events, from the first on, are stored now.
-    async fn apply(&self, events: &[Incoming], overdue: Option<String>) -> Result<usize, Undone> {
+    async fn apply(&self, events: &[Incoming], overdue: Option<String>) -> Result<Applied, Undone> {
         // Where the acknowledgement destroys the message, the commit must be on disk before it.
         let durable = !self.source.replayable;
         let owner = (self.lease, self.keeper);
@@ -232,7 +236,7 @@ impl Session<'_> {
         if applied.deferred > 0 || applied.dead > 0 {
             self.core.deferred.notify_one();
         }
-        Ok(applied.handled)
+        Ok(applied)
     }
 
     async fn acknowledge(&mut self, acks: impl Iterator<Item = (Option<u64>, Ack)>) -> Result<()> {
