@@ -114,10 +114,15 @@ impl Fleet {
     fn consumer(&self, outbox: &Outbox, transport: ModelTransport, process: usize) -> Consumer {
         let plan = self.world.with(|w| w.plan.clone());
         let world = self.world.clone();
-        Consumer::new(outbox.database(), Arc::new(transport), GROUP)
+        let consumer = Consumer::new(outbox.database(), Arc::new(transport), GROUP)
             .settings(plan.consumer.settings)
-            .retry(plan.retry)
-            .on(Apply { world, process })
+            .retry(plan.retry);
+        let apply = Apply { world, process };
+        if plan.consumer.effects {
+            consumer.on_effect(apply)
+        } else {
+            consumer.on(apply)
+        }
     }
 
     /// Faults, one after the other, for as long as the seed says.
