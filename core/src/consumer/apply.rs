@@ -186,6 +186,11 @@ async fn run(
         let (event, key) = (item.event, item.key.as_ref());
         let behind = blocked || key.is_some_and(|k| lines.contains(k));
         let tried = match (&item.way, &item.ran) {
+            // Another program of the group deferred it, and has a handler: here its line waits.
+            (None, _) if pumped => {
+                done.waits = true;
+                break;
+            }
             (None, _) => {
                 done.skipped += 1;
                 continue;

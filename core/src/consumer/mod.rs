@@ -374,6 +374,11 @@ impl Drop for Room {
 }
 
 impl Core {
+    fn has_effects(&self) -> bool {
+        let mut ways = self.types.values().flat_map(|t| t.versions.values());
+        ways.any(|way| matches!(way, Way::Effect(_)))
+    }
+
     /// One line at each change of state, none for each try.
     fn note(&self, what: &str, trouble: &str) {
         if self.report.trouble(what, trouble) {

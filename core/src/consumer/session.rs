@@ -211,6 +211,9 @@ impl<'a> Session<'a> {
     /// Gives each worker that is free its next events.
     fn start(&mut self) {
         let now = Instant::now();
+        // Where the acknowledgement destroys the message, the commit must be on disk before it. And an effect cannot be
+        // undone: neither may be what it comes after.
+        let durable = !self.source.replayable || self.core.has_effects();
         for i in 0..self.workers.len() {
             let worker = &mut self.workers[i];
             if worker.busy || worker.not_before.is_some_and(|t| t > now) {
@@ -241,8 +244,7 @@ impl<'a> Session<'a> {
             self.running.spawn(task(batch(
                 self.core.clone(),
                 (self.lease.clone(), self.stop.clone()),
-                // Where the acknowledgement destroys the message, the commit must be on disk before it.
-                !self.source.replayable,
+                durable,
                 (i, taken),
                 (events, acks),
                 overdue,
