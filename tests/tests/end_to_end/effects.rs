@@ -410,11 +410,15 @@ async fn one_behind_a_full_waiting_room_runs_once(world: World) {
             deferred: 1,
             ..World::consumer_settings()
         });
-    let keys = ["bad-1", "a", "bad-2", "b", "bad-1", "c"];
-    for (n, key) in (1..).zip(keys) {
-        world.commit(&outbox, &[Tick::new(key, n)]).await;
-    }
     let way = world.start(&outbox, consumer).await;
+    world.commit(&outbox, &[Tick::new("bad-1", 1)]).await;
+    until("the room is full", async || {
+        deferred(&world.consumer).await == 1
+    })
+    .await;
+    let keys = ["a", "bad-2", "b", "bad-1", "c"];
+    let ticks: Vec<Tick> = (2..).zip(keys).map(|(n, key)| Tick::new(key, n)).collect();
+    world.commit(&outbox, &ticks).await;
     until("it says that no more can wait", async || {
         let trouble = way.consumer.health().trouble;
         trouble.is_some_and(|t| t.contains("the maxima are 1"))
