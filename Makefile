@@ -54,7 +54,7 @@ soak:
 	cargo test --workspace --release --no-run
 	$(call servers,release) postgres rabbitmq -- cargo test --workspace --release $(ARGS) -- --nocapture
 
-## bench      measures the relay against a raw client
+## bench      measures the relay against a raw client, and the consumer with batches and workers
 bench:
 	testkit/install-servers.sh
 	cargo build --release -p pillarbox-benches -p pillarbox-testkit --bins

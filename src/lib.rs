@@ -6,6 +6,7 @@
 //! | write events in your own transaction | [`Outbox`], [`Event`] |
 //! | publish what was committed | [`Relay`] |
 //! | apply each event once | [`Consumer`], [`Handler`] |
+//! | send a mail or make a call for each event | [`Consumer`], [`Effect`] |
 //! | make or complete the tables | [`migrate`] |
 //! | read it all from one file | [`Config`], [`connect`] |
 //! | write a transport for another broker | [`transport`] |

@@ -26,7 +26,7 @@ pub mod window;
 
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
-pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Failure, Handler};
+pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
 pub use error::{Error, Kind, Result};
 pub use event::{Event, Key};
 pub use outbox::{InTransaction, Insert, Outbox, Param};

@@ -78,6 +78,24 @@ impl Outbox {
         outbox
     }
 
+    /// A clone whose events follow from `message`: they carry on its correlation (its id, where it has none) and name it as
+    /// their cause. [`Context::enqueue`](crate::Context::enqueue) does this; an [`Effect`](crate::Effect) enqueues in a
+    /// transaction of its own.
+    ///
+    /// ```
+    /// # use pillarbox_core::{Delivery, Outbox};
+    /// # fn f<E>(outbox: &Outbox, delivery: &Delivery<E>) {
+    /// let outbox = outbox.caused_by(&delivery.message);
+    /// // … outbox.enqueue(&mut transaction, &event).await? …
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn caused_by(&self, message: &Message) -> Self {
+        let correlation = message.attribute("correlationid").unwrap_or(&message.id);
+        self.with_attribute("correlationid", correlation)
+            .with_attribute("causationid", &message.id)
+    }
+
     /// Writes one event, as JSON. Answers its id (UUIDv7).
     ///
     /// All checks run before the statement, so a refused event leaves the transaction usable.

@@ -146,6 +146,12 @@ impl<T> Window<T> {
         self.entry(seq).and_then(|e| e.item.as_ref())
     }
 
+    /// An event that is not settled yet.
+    #[must_use]
+    pub fn get_mut(&mut self, seq: Seq) -> Option<&mut T> {
+        self.entry_mut(seq).and_then(|e| e.item.as_mut())
+    }
+
     /// The oldest event that is not settled.
     #[must_use]
     pub fn oldest(&self) -> Option<&T> {

@@ -107,6 +107,9 @@ pub(super) struct ConsumerTable {
     #[serde(with = "humantime_serde")]
     lease: Duration,
     batch: usize,
+    workers: usize,
+    #[serde(with = "humantime_serde")]
+    effect_timeout: Duration,
     deferred: u64,
     deferred_per_key: u64,
     #[serde(with = "humantime_serde")]
@@ -118,6 +121,8 @@ impl Default for ConsumerTable {
         let ConsumerSettings {
             lease,
             batch,
+            workers,
+            effect_timeout,
             deferred,
             deferred_per_key,
             drain,
@@ -125,6 +130,8 @@ impl Default for ConsumerTable {
         Self {
             lease: lease.term(),
             batch,
+            workers,
+            effect_timeout,
             deferred,
             deferred_per_key,
             drain,
@@ -137,6 +144,13 @@ impl ConsumerTable {
         Ok(ConsumerSettings {
             lease: lease(self.lease)?,
             batch: within("batch", self.batch, 1, 10_000)?,
+            workers: within("workers", self.workers, 1, 64)?,
+            effect_timeout: lasting(
+                "effect_timeout",
+                self.effect_timeout,
+                MILLISECOND,
+                10 * MINUTE,
+            )?,
             deferred: within("deferred", self.deferred, 1, 1_000_000)?,
             deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
             drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,

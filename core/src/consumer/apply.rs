@@ -1,17 +1,22 @@
-//! One batch, one transaction: probe, inbox, handler, fence, COMMIT.
+//! One batch, one transaction: probe, inbox, handlers or the outcomes of effects, fence, COMMIT.
 
-use std::{collections::HashSet, panic::AssertUnwindSafe, time::Duration};
+use std::{collections::HashSet, time::Duration};
 
-use futures_util::FutureExt;
 use pillarbox_transport::Message;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use super::{Context, Core, Failure, Next, handler::AnyHandler};
+use super::{
+    Core, Next, Way,
+    attempt::{Again, Verdict, attempt, conclude, known},
+    effect,
+};
 use crate::{
+    backoff::Backoff,
     error::{Error, Kind},
     event::Key,
-    failure::{DeadLetter, Deferral, LineId, Resolution, Retry},
-    lease::{Keeper, Lease},
+    failure::{LineId, Side},
+    lease::Lease,
     store::Unit,
 };
 
@@ -26,6 +31,23 @@ pub(super) struct Incoming {
     pub(super) line: Option<LineId>,
 }
 
+/// In whose right events are applied.
+#[derive(Clone, Copy)]
+pub(super) struct Owner<'a> {
+    pub(super) lease: &'a Lease,
+    pub(super) stop: &'a CancellationToken,
+}
+
+/// An event in its batch.
+pub(super) struct Item<'a> {
+    pub(super) event: &'a Incoming,
+    pub(super) key: Option<Key>,
+    /// What is to run for it, or why nothing can; none for a type that this group does not handle.
+    pub(super) way: Option<Result<Way, String>>,
+    /// How its effect ended, if it has run.
+    pub(super) ran: Option<Verdict>,
+}
+
 /// Why nothing of a batch was committed.
 #[derive(Debug)]
 pub(super) enum Undone {
@@ -35,15 +57,20 @@ pub(super) enum Undone {
     Fenced,
     /// The transaction lost to another, or an event took too long: run its events again, one by one.
     Alone(String),
-    /// A handler's dependency is away, or the waiting room is full.
+    /// What a handler needs is away, or the waiting room is full: later, and nothing is counted.
     Unavailable(String),
 }
 
 /// What was committed.
 #[derive(Debug, Default)]
 pub(super) struct Applied {
-    /// How many of the events, from the first on; less than all when they take their time.
+    /// How many of the events, from the first on; less than all when they take their time, or when one of them must run
+    /// again.
     pub(super) handled: usize,
+    /// The first of the rest runs again by itself.
+    pub(super) alone: bool,
+    /// When the COMMIT was sent, which renewed the lease.
+    pub(super) sent: Option<Instant>,
     pub(super) applied: u64,
     pub(super) duplicates: u64,
     pub(super) skipped: u64,
@@ -53,34 +80,74 @@ pub(super) struct Applied {
     pub(super) waits: bool,
 }
 
-/// What to do with one event, decided before or by its handler.
-enum Verdict {
-    Applied,
-    Duplicate,
-    Failed { next: Next, reason: String },
-}
-
 /// Applies events in order in one transaction that proves the lease at its end, and renews it. `overdue`: the reason why
 /// the one event failed already (it took too long, alone), so that its attempt is counted without running it again.
+///
+/// A batch has either handlers or effects. A mail must not go out twice because the handler of a neighbour lost to another
+/// transaction, nor before what came earlier for its key is committed.
 pub(super) async fn apply(
     core: &Core,
-    (lease, keeper): (&Lease, &Keeper),
+    owner: Owner<'_>,
     events: &[Incoming],
     durable: bool,
     overdue: Option<&str>,
 ) -> Result<Applied, Undone> {
+    let mut items: Vec<Item<'_>> = events.iter().map(|e| core.item(e)).collect();
+    let kind = items.iter().find_map(Item::is_effect).unwrap_or(false);
+    let other = |item: &Item<'_>| item.is_effect().is_some_and(|effect| effect != kind);
+    let alike = items.iter().position(other).unwrap_or(items.len());
+    items.truncate(alike);
+    if !kind {
+        return commit(core, owner, &items, durable, overdue).await;
+    }
+    effect::run(core, owner, &mut items).await?;
+    let mut backoff = Backoff::connection();
+    loop {
+        // What has happened must not happen again for want of a row: its owner tries for as long as it has the lease.
+        match commit(core, owner, &items, durable, None).await {
+            Err(Undone::Away(e)) if e.is_temporary() => {
+                tracing::debug!(group = %core.group, error = %e, "the outcomes of effects wait");
+            }
+            Err(Undone::Alone(reason)) if reason.is_empty() => {}
+            ended => return ended,
+        }
+        tokio::time::sleep(backoff.step()).await;
+    }
+}
+
+impl Item<'_> {
+    /// Whether an effect is to run; none where nothing is.
+    fn is_effect(&self) -> Option<bool> {
+        match &self.way {
+            Some(Ok(way)) => Some(matches!(way, Way::Effect(_))),
+            _ => None,
+        }
+    }
+}
+
+async fn commit(
+    core: &Core,
+    owner: Owner<'_>,
+    items: &[Item<'_>],
+    durable: bool,
+    overdue: Option<&str>,
+) -> Result<Applied, Undone> {
     let term = core.settings.lease;
-    let mut unit = core
-        .store
-        .begin(&core.group, term, durable)
-        .await
-        .map_err(Undone::of)?;
-    let done = run(core, &mut *unit, events, overdue).await;
-    match done {
-        Ok(applied) => {
-            let sent = Instant::now();
-            unit.commit(lease, term).await.map_err(Undone::of)?;
-            keeper.renewed(sent);
+    let turn = core.turns.acquire().await;
+    let closed = |_| Error::new(Kind::Unavailable, "begin", "the consumer ends");
+    let _turn = turn.map_err(|e| Undone::of(closed(e)))?;
+    let begun = core.store.begin(&core.group, term, durable).await;
+    let mut unit = begun.map_err(Undone::of)?;
+    match run(core, &mut *unit, items, overdue).await {
+        // Nothing to commit: the first event must run again.
+        Ok(applied) if applied.handled == 0 => {
+            let _ = unit.rollback().await;
+            Ok(applied)
+        }
+        Ok(mut applied) => {
+            applied.sent = Some(Instant::now());
+            let done = unit.commit(owner.lease, term).await;
+            done.map_err(Undone::of)?;
             applied.count(&core.group);
             Ok(applied)
         }
@@ -95,74 +162,90 @@ pub(super) async fn apply(
 async fn run(
     core: &Core,
     unit: &mut dyn Unit,
-    events: &[Incoming],
+    items: &[Item<'_>],
     overdue: Option<&str>,
 ) -> Result<Applied, Undone> {
     let mut done = Applied::default();
     // A key's line is looked up in the transaction of the effect: other workers' memory is no proof.
-    let messages: Vec<&Message> = events.iter().map(|e| &e.message).collect();
-    let pumped = events.iter().all(|e| e.line.is_some());
+    let messages: Vec<&Message> = items.iter().map(|i| &i.event.message).collect();
+    let pumped = items.iter().all(|i| i.event.line.is_some());
     let blocked = if pumped {
-        vec![false; events.len()]
+        vec![false; items.len()]
     } else {
         unit.blocked(&messages).await.map_err(Undone::of)?
     };
-    let mut lines = HashSet::<Key>::new();
+    let mut lines = HashSet::<&Key>::new();
     let (begun, most) = (Instant::now(), batch_time(core.settings.lease.term()));
-    for (event, blocked) in events.iter().zip(blocked) {
-        if done.handled > 0 && begun.elapsed() >= most {
+    // What has run is noted, however long that takes.
+    let ran = items.iter().any(|i| i.ran.is_some());
+    for (item, blocked) in items.iter().zip(blocked) {
+        if done.handled > 0 && !ran && begun.elapsed() >= most {
             break;
         }
         done.handled += 1;
-        let key = Key::of(&event.message);
-        let Some(handler) = core.handler(event, &mut done) else {
-            continue;
-        };
-        let behind = blocked || key.as_ref().is_some_and(|k| lines.contains(k));
-        if behind && handler.is_ok() {
-            if pumped {
-                break;
-            }
-            let wait = Deferral::behind(&event.message);
-            core.make_room(&mut done).await?;
-            unit.defer(&wait).await.map_err(Undone::of)?;
-            done.deferred += 1;
-            lines.extend(key);
-            continue;
-        }
-        let verdict = match handler {
-            Ok(handler) => attempt(core, unit, event, &*handler, overdue).await?,
-            Err(reason) => Verdict::Failed {
-                next: Next::Reject,
-                reason,
-            },
-        };
-        if conclude(core, unit, event, verdict, &mut done).await? {
-            lines.extend(key);
-            if pumped {
+        let (event, key) = (item.event, item.key.as_ref());
+        let behind = blocked || key.is_some_and(|k| lines.contains(k));
+        let tried = match (&item.way, &item.ran) {
+            // Another program of the group deferred it, and has a handler: here its line waits.
+            (None, _) if pumped => {
                 done.waits = true;
                 break;
             }
+            (None, _) => {
+                done.skipped += 1;
+                continue;
+            }
+            (Some(Err(reason)), _) => Ok(Verdict::Failed {
+                next: Next::Reject,
+                reason: reason.clone(),
+            }),
+            (Some(Ok(_)), Some(verdict)) => Ok(known(unit, event, verdict).await?),
+            (Some(Ok(Way::Handler(handler))), None) if !behind => {
+                attempt(core, unit, (event, items.len()), &**handler, overdue).await?
+            }
+            (Some(Ok(_)), None) if pumped => {
+                done.handled -= 1;
+                break;
+            }
+            // Also an effect that did not run for a line that has gone meanwhile: what ran behind it is to be noted.
+            (Some(Ok(_)), None) => Ok(Verdict::Behind),
+        };
+        let waits = match tried {
+            Ok(verdict) => conclude(core, unit, event, verdict, &mut done).await?,
+            Err(again) => Err(again),
+        };
+        match waits {
+            // What came before it in the batch is kept.
+            Err(again) => return done.stop(again, items.len()),
+            Ok(true) if pumped => {
+                done.waits = true;
+                break;
+            }
+            Ok(true) => lines.extend(key),
+            Ok(false) => {}
         }
     }
     Ok(done)
 }
 
 impl Core {
-    /// The event's handler, or the exact reason why it can have none; nothing for a type that this group does not handle.
-    fn handler(
-        &self,
-        event: &Incoming,
-        done: &mut Applied,
-    ) -> Option<Result<std::sync::Arc<dyn AnyHandler>, String>> {
+    fn item<'a>(&self, event: &'a Incoming) -> Item<'a> {
+        Item {
+            event,
+            key: Key::of(&event.message),
+            way: self.way(event),
+            ran: None,
+        }
+    }
+
+    /// The event's handler or effect, or the exact reason why it can have none; nothing for a type that this group does
+    /// not handle.
+    fn way(&self, event: &Incoming) -> Option<Result<Way, String>> {
         if let Some(defect) = &event.defect {
             return Some(Err(defect.clone()));
         }
         let message = &event.message;
-        let Some(registered) = self.handlers.get(message.kind.as_str()) else {
-            done.skipped += 1;
-            return None;
-        };
+        let registered = self.types.get(message.kind.as_str())?;
         let version = message.version().and_then(|v| registered.versions.get(&v));
         Some(match version {
             None => {
@@ -174,211 +257,36 @@ impl Core {
                     known.join(", ")
                 ))
             }
-            Some(handler) => match self.check.as_ref().map(|check| check(message)) {
+            Some(way) => match self.check.as_ref().map(|check| check(message)) {
                 Some(Err(reason)) => Err(format!("{}: {reason}", message.kind)),
-                _ => Ok(handler.clone()),
+                _ => Ok(way.clone()),
             },
         })
     }
 
     /// The waiting room has a maximum: at it the source waits, rather than the database filling up.
-    async fn make_room(&self, done: &mut Applied) -> Result<(), Undone> {
-        if done.deferred > 0 {
-            return Ok(());
-        }
-        let waiting = self
-            .store
-            .deferred(crate::failure::Side::Consumer, &self.group)
-            .await
-            .map_err(Undone::of)?;
+    pub(super) async fn full(&self) -> Result<Option<String>, Undone> {
+        let waiting = self.store.deferred(Side::Consumer, &self.group).await;
+        let waiting = waiting.map_err(Undone::of)?;
         let (most, per_key) = (self.settings.deferred, self.settings.deferred_per_key);
         if waiting.total < most && waiting.longest < per_key {
-            return Ok(());
+            return Ok(None);
         }
-        Err(Undone::Unavailable(format!(
+        Ok(Some(format!(
             "{} events wait, {} of one key; the maxima are {most} and {per_key}",
             waiting.total, waiting.longest
         )))
     }
 }
 
-async fn attempt(
-    core: &Core,
-    unit: &mut dyn Unit,
-    event: &Incoming,
-    handler: &dyn AnyHandler,
-    overdue: Option<&str>,
-) -> Result<Verdict, Undone> {
-    if let Some(reason) = overdue {
-        return Ok(Verdict::Failed {
-            next: Next::Retry,
-            reason: reason.to_owned(),
-        });
-    }
-    unit.savepoint().await.map_err(Undone::of)?;
-    if !unit.remember(&event.message).await.map_err(Undone::of)? {
-        unit.keep().await.map_err(Undone::of)?;
-        return Ok(Verdict::Duplicate);
-    }
-    let limit = handler_time(core.settings.lease.statement());
-    let result = {
-        let mut cx = Context::new(unit, &core.outbox, &event.message);
-        let call = AssertUnwindSafe(handler.handle(&event.message, event.attempts, &mut cx))
-            .catch_unwind();
-        tokio::time::timeout(limit, call).await
-    };
-    let failure = match result {
-        Ok(Ok(Ok(()))) => {
-            return match unit.keep().await {
-                Ok(()) => Ok(Verdict::Applied),
-                Err(e) if e.kind() == Kind::Invalid => Err(Undone::Alone(e.to_string())),
-                Err(e) => Err(Undone::of(e)),
-            };
-        }
-        Ok(Ok(Err(failure))) => failure,
-        Ok(Err(_)) => Failure::from(Error::new(Kind::Panicked, "handle", "the handler panicked")),
-        // Its connection may be in the middle of a statement: the transaction is of no use any more.
-        Err(_) => {
-            return Err(Undone::Alone(format!(
-                "the handler took longer than {limit:?}"
-            )));
-        }
-    };
-    if failure.is_away() {
-        return Err(Undone::Away(Error::new(
-            Kind::Unavailable,
-            "handle",
-            failure.reason(),
-        )));
-    }
-    if failure.is_conflict() {
-        return Err(Undone::Alone(String::new()));
-    }
-    if failure.next == Next::Unavailable {
-        return Err(Undone::Unavailable(failure.reason()));
-    }
-    unit.undo().await.map_err(Undone::of)?;
-    Ok(Verdict::Failed {
-        next: failure.next,
-        reason: failure.reason(),
-    })
-}
-
-/// A handler ends before the database would end its idle transaction, so that the reason is known.
-pub(super) fn handler_time(statement: Duration) -> Duration {
-    statement * 9 / 10
-}
-
 /// When a batch begins no further event. On a database with one writer the lease cannot be renewed before the COMMIT, so
 /// this and the longest handler together stay below the time for which it is trusted.
-fn batch_time(term: Duration) -> Duration {
+pub(super) fn batch_time(term: Duration) -> Duration {
     term / 5
 }
 
-/// Writes what follows from a verdict. True if the event waits now.
-async fn conclude(
-    core: &Core,
-    unit: &mut dyn Unit,
-    event: &Incoming,
-    verdict: Verdict,
-    done: &mut Applied,
-) -> Result<bool, Undone> {
-    let (next, reason) = match verdict {
-        Verdict::Applied | Verdict::Duplicate => {
-            let count = if matches!(verdict, Verdict::Applied) {
-                &mut done.applied
-            } else {
-                &mut done.duplicates
-            };
-            *count += 1;
-            if let Some(id) = &event.line {
-                unit.resolve(id, &Resolution::Done)
-                    .await
-                    .map_err(Undone::of)?;
-            }
-            return Ok(false);
-        }
-        Verdict::Failed { next, reason } => (next, reason),
-    };
-    if next == Next::Skip {
-        unit.remember(&event.message).await.map_err(Undone::of)?;
-        if let Some(id) = &event.line {
-            unit.resolve(id, &Resolution::Done)
-                .await
-                .map_err(Undone::of)?;
-        }
-        done.applied += 1;
-        return Ok(false);
-    }
-    let attempts = event.attempts.saturating_add(1);
-    let delay = delay(&core.retry, next, attempts);
-    tracing::debug!(group = %core.group, id = %event.message.id, kind = %event.message.kind, attempts, %reason, "a handler failed");
-    match (delay, &event.line) {
-        (Some(delay), Some(id)) => {
-            let again = Resolution::Again {
-                attempts,
-                reason,
-                delay,
-            };
-            unit.resolve(id, &again).await.map_err(Undone::of)?;
-        }
-        (Some(delay), None) => {
-            core.make_room(done).await?;
-            let message = event.message.clone();
-            let wait = Deferral {
-                message,
-                position: 0,
-                attempts,
-                reason: Some(reason),
-                delay,
-            };
-            unit.defer(&wait).await.map_err(Undone::of)?;
-            done.deferred += 1;
-        }
-        (None, Some(id)) => {
-            let dead = Resolution::Dead { attempts, reason };
-            unit.resolve(id, &dead).await.map_err(Undone::of)?;
-            done.dead += 1;
-        }
-        (None, None) => {
-            let message = event.message.clone();
-            let dead = DeadLetter {
-                message,
-                position: 0,
-                attempts,
-                reason,
-                maybe_sent: false,
-            };
-            unit.bury(&dead).await.map_err(Undone::of)?;
-            done.dead += 1;
-        }
-    }
-    Ok(delay.is_some())
-}
-
-fn delay(retry: &Retry, next: Next, attempts: u32) -> Option<Duration> {
-    match next {
-        Next::Retry => retry.after(attempts),
-        Next::RetryIn(delay) => retry.after(attempts).map(|_| delay),
-        Next::Reject | Next::Skip | Next::Unavailable => None,
-    }
-}
-
-impl Deferral {
-    /// Nothing is wrong with the event but that another of its key waits.
-    fn behind(message: &Message) -> Self {
-        Self {
-            message: message.clone(),
-            position: 0,
-            attempts: 0,
-            reason: None,
-            delay: Duration::ZERO,
-        }
-    }
-}
-
 impl Undone {
-    fn of(e: Error) -> Self {
+    pub(super) fn of(e: Error) -> Self {
         use std::error::Error as _;
         let sql = e.source().and_then(|s| s.downcast_ref::<sqlx::Error>());
         match e.kind() {
@@ -391,6 +299,16 @@ impl Undone {
 }
 
 impl Applied {
+    /// Ends a batch of so many events before the one that it has come to.
+    fn stop(mut self, again: Again, events: usize) -> Result<Self, Undone> {
+        let alone = !matches!(again, Again::Unavailable(_));
+        if self.handled == 1 && !(alone && events > 1) {
+            return Err(again.undone(events));
+        }
+        (self.handled, self.alone) = (self.handled - 1, alone);
+        Ok(self)
+    }
+
     fn count(&self, group: &str) {
         let counts = [
             ("applied", self.applied),

@@ -17,6 +17,7 @@ use crate::{
 ///
 /// What it writes through [`Context::tx`] commits together with the inbox row: one effect, however often the event
 /// is delivered. It makes no calls to other systems: they would hold the transaction open and happen again at a retry.
+/// That is for an [`Effect`](crate::Effect).
 ///
 /// ```
 /// use pillarbox_core::{Context, Delivery, Event, Failure, Handler};
@@ -45,7 +46,7 @@ pub trait Handler<E>: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), Failure>> + Send;
 }
 
-/// An event as a handler receives it.
+/// An event as a handler or an effect receives it.
 #[derive(Debug, Clone)]
 pub struct Delivery<E> {
     /// The payload.
@@ -85,14 +86,7 @@ impl<'a> Context<'a> {
     /// # Errors
     /// As [`Outbox::enqueue`].
     pub async fn enqueue<E: Event + Serialize>(&mut self, event: &E) -> Result<Uuid> {
-        let correlation = self
-            .message
-            .attribute("correlationid")
-            .unwrap_or(&self.message.id);
-        let outbox = self
-            .outbox
-            .with_attribute("correlationid", correlation)
-            .with_attribute("causationid", &self.message.id);
+        let outbox = self.outbox.caused_by(self.message);
         outbox.enqueue(self.tx(), event).await
     }
 }
@@ -251,7 +245,7 @@ where
     }
 }
 
-fn read<E: Event + DeserializeOwned>(message: &Message) -> Result<E, String> {
+pub(super) fn read<E: Event + DeserializeOwned>(message: &Message) -> Result<E, String> {
     let Some(body) = &message.payload else {
         return Err(format!("{}: the payload is missing", E::TYPE));
     };

@@ -3,9 +3,12 @@
 //! Never acknowledges what is not committed, never requeues, and never lets broker exclusivity stand in for its lease.
 
 mod apply;
+mod attempt;
+mod effect;
 mod handler;
 mod pump;
-mod worker;
+mod session;
+mod source;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -17,9 +20,11 @@ use std::{
 
 use pillarbox_transport::{Binding, Message, Source, Transport};
 use serde::de::DeserializeOwned;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio_util::sync::CancellationToken;
 
+use effect::AnyEffect;
+pub use effect::Effect;
 pub(crate) use handler::Next;
 use handler::{AnyHandler, Typed};
 pub use handler::{Context, Delivery, Failure, Handler};
@@ -43,6 +48,13 @@ pub struct ConsumerSettings {
     pub lease: LeaseTerm,
     /// Most events in one transaction. Defaults to 100.
     pub batch: usize,
+    /// Workers of each source, and lines that are gone on with at once: batches that run side by side, each with the keys
+    /// that are its own. On PostgreSQL each takes a transaction and so a connection. SQLite has one writer: transactions
+    /// take turns there, effects run side by side. Defaults to 1.
+    pub workers: usize,
+    /// How long one run of an [`Effect`] may take. Longer than [`ConsumerSettings::drain`], a stop may cut one off.
+    /// Defaults to 20 s.
+    pub effect_timeout: Duration,
     /// Most deferred events of the group; at it, the source waits. Defaults to 10,000.
     pub deferred: u64,
     /// Most deferred events of one key; at it, the source waits. Defaults to 1,000.
@@ -56,6 +68,8 @@ impl Default for ConsumerSettings {
         Self {
             lease: LeaseTerm::default(),
             batch: 100,
+            workers: 1,
+            effect_timeout: Duration::from_secs(20),
             deferred: 10_000,
             deferred_per_key: 1_000,
             drain: Duration::from_secs(25),
@@ -93,7 +107,7 @@ struct Core {
     store: Arc<dyn Store>,
     transport: Arc<dyn Transport>,
     group: Arc<str>,
-    handlers: Arc<HashMap<&'static str, Registered>>,
+    types: Arc<HashMap<&'static str, Registered>>,
     check: Option<Arc<PayloadCheck>>,
     outbox: Outbox,
     settings: Arc<ConsumerSettings>,
@@ -101,12 +115,25 @@ struct Core {
     report: Report,
     /// A line was made, or grew: the pump looks.
     deferred: Arc<Notify>,
+    /// Transactions that may be open at once.
+    turns: Arc<Semaphore>,
 }
 
 #[derive(Clone)]
 struct Registered {
     topic: &'static str,
-    versions: BTreeMap<u32, Arc<dyn AnyHandler>>,
+    versions: BTreeMap<u32, Way>,
+    /// It was given a handler and an effect.
+    both: bool,
+}
+
+/// What is done for an event.
+#[derive(Clone)]
+enum Way {
+    /// In the transaction.
+    Handler(Arc<dyn AnyHandler>),
+    /// Before it.
+    Effect(Arc<dyn AnyEffect>),
 }
 
 impl Consumer {
@@ -121,13 +148,14 @@ impl Consumer {
             store: database.store().clone(),
             transport,
             group: group.into().into(),
-            handlers: Arc::default(),
+            types: Arc::default(),
             check: None,
-            outbox: Outbox::new(database),
+            outbox: Outbox::new(database.clone()),
             settings: Arc::default(),
             retry: Arc::default(),
             report: Report::new().0,
             deferred: Arc::default(),
+            turns: Arc::new(Semaphore::new(database.store().writers())),
         };
         Self {
             core,
@@ -136,20 +164,42 @@ impl Consumer {
     }
 
     /// Handles the events of one type and version. A later handler for the same replaces an earlier one.
-    pub fn on<E>(mut self, handler: impl Handler<E>) -> Self
+    pub fn on<E>(self, handler: impl Handler<E>) -> Self
     where
         E: Event + DeserializeOwned + Send + 'static,
     {
-        let any: Arc<dyn AnyHandler> = Arc::new(Typed {
+        self.register::<E>(Way::Handler(Arc::new(Typed {
             handler,
             event: PhantomData,
-        });
-        let handlers = Arc::make_mut(&mut self.core.handlers);
-        let registered = handlers.entry(E::TYPE).or_insert_with(|| Registered {
+        })))
+    }
+
+    /// Runs an effect outside of the database for the events of one type and version. A later effect for the same
+    /// replaces an earlier one. A type has handlers or effects, not both: [`Consumer::bind`] refuses it. Two groups may
+    /// have one each.
+    pub fn on_effect<E>(self, effect: impl Effect<E>) -> Self
+    where
+        E: Event + DeserializeOwned + Send + Sync + 'static,
+    {
+        self.register::<E>(Way::Effect(Arc::new(Typed {
+            handler: effect,
+            event: PhantomData,
+        })))
+    }
+
+    fn register<E: Event>(mut self, way: Way) -> Self {
+        let types = Arc::make_mut(&mut self.core.types);
+        let registered = types.entry(E::TYPE).or_insert_with(|| Registered {
             topic: E::TOPIC,
             versions: BTreeMap::new(),
+            both: false,
         });
-        registered.versions.insert(E::VERSION, any);
+        let is_effect = |way: &Way| matches!(way, Way::Effect(_));
+        registered.both |= registered
+            .versions
+            .values()
+            .any(|other| is_effect(other) != is_effect(&way));
+        registered.versions.insert(E::VERSION, way);
         self
     }
 
@@ -184,22 +234,16 @@ impl Consumer {
     /// after all groups of its process are bound. Tries once.
     ///
     /// # Errors
-    /// [`Kind::Invalid`] without any handler; [`Kind::NotMigrated`]; the transport's, which names a type that the
+    /// [`Kind::Invalid`] without any handler, or with a handler and an effect for one type; [`Kind::NotMigrated`]; the transport's, which names a type that the
     /// group's queue does not receive.
     pub async fn bind(&mut self) -> Result<()> {
         if self.sources.is_some() {
             return Ok(());
         }
-        if self.core.handlers.is_empty() {
-            return Err(Error::new(
-                Kind::Invalid,
-                "bind",
-                format!("group {:?} has no handler", self.core.group),
-            ));
-        }
+        self.check_types()?;
         self.core.store.partitions().await?;
         let mut topics = BTreeMap::<&str, Vec<String>>::new();
-        for (kind, registered) in self.core.handlers.iter() {
+        for (kind, registered) in self.core.types.iter() {
             topics
                 .entry(registered.topic)
                 .or_default()
@@ -217,6 +261,25 @@ impl Consumer {
         }
         self.sources = Some(sources);
         Ok(())
+    }
+
+    fn check_types(&self) -> Result<()> {
+        let (group, types) = (&self.core.group, &self.core.types);
+        let wrong = |text| Err(Error::new(Kind::Invalid, "bind", text));
+        if types.is_empty() {
+            return wrong(format!("group {group:?} has no handler"));
+        }
+        match types
+            .iter()
+            .filter(|(_, t)| t.both)
+            .map(|(kind, _)| kind)
+            .min()
+        {
+            Some(kind) => wrong(format!(
+                "group {group:?} has a handler and an effect for {kind:?}: one of them, the other in a group of its own"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Runs until `stop` resolves, then finishes the transactions under way.
@@ -266,10 +329,14 @@ impl Consumer {
         self.core.clear("broker");
         self.core.clear("database");
         let sources = self.sources.unwrap_or_default();
+        // One source and the pump find room as it is.
+        let sides = sources.len().saturating_add(1);
+        let more = sides.saturating_mul(self.core.settings.workers.max(1));
+        let _room = Room::new(&self.core.store, more.saturating_sub(2));
         self.core.report.expect(sources.len());
         let mut tasks = tokio::task::JoinSet::new();
         for source in sources {
-            tasks.spawn(task(worker::run(self.core.clone(), source, stop.clone())));
+            tasks.spawn(task(source::run(self.core.clone(), source, stop.clone())));
         }
         tasks.spawn(task(pump::run(self.core.clone(), stop.clone())));
         let mut result = Ok(());
@@ -290,7 +357,28 @@ impl Consumer {
     }
 }
 
+/// Connections for more than the usual number of transactions, while it lives.
+struct Room(Arc<dyn Store>, usize);
+
+impl Room {
+    fn new(store: &Arc<dyn Store>, more: usize) -> Self {
+        store.widen(more);
+        Self(store.clone(), more)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.narrow(self.1);
+    }
+}
+
 impl Core {
+    fn has_effects(&self) -> bool {
+        let mut ways = self.types.values().flat_map(|t| t.versions.values());
+        ways.any(|way| matches!(way, Way::Effect(_)))
+    }
+
     /// One line at each change of state, none for each try.
     fn note(&self, what: &str, trouble: &str) {
         if self.report.trouble(what, trouble) {

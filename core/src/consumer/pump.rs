@@ -3,13 +3,15 @@
 
 use std::{collections::HashMap, time::Duration};
 
+use futures_util::{StreamExt, stream};
 use pillarbox_transport::Publisher;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Core,
-    apply::{Applied, Incoming, Undone, apply},
+    apply::{Applied, Incoming, Owner, Undone, apply},
+    session::overstayed,
 };
 use crate::{
     backoff::Backoff,
@@ -45,6 +47,8 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
                 let ended = tokio::select! {
                     biased;
                     () = keeper.lost().cancelled() => Ok(()),
+                    // An effect may take longer than a stop waits.
+                    () = overstayed(&stop, core.settings.drain) => Ok(()),
                     ended = pump(&core, &lease, &keeper, &stop) => ended,
                 };
                 drop(keeper);
@@ -85,16 +89,16 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
             core.clear(PUMP);
             core.clear(EVENTS);
         }
-        for line in lines {
-            if stop.is_cancelled() {
-                return Ok(());
-            }
-            if line.due_in.is_zero() {
-                if drain_line(core, (lease, keeper), &line).await? {
-                    next = Duration::ZERO;
-                }
-            } else {
-                next = next.min(line.due_in);
+        let (due, later): (Vec<Line>, Vec<Line>) =
+            lines.into_iter().partition(|line| line.due_in.is_zero());
+        next = later.iter().map(|line| line.due_in).fold(next, Ord::min);
+        let owner = Owner { lease, stop };
+        let mut drained = stream::iter(due)
+            .map(|line| drain_line(core, (owner, keeper), line))
+            .buffer_unordered(core.settings.workers.max(1));
+        while let Some(more) = drained.next().await {
+            if more? {
+                next = Duration::ZERO;
             }
         }
         next = next.min(copies.send(core, lease).await?);
@@ -110,9 +114,13 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
 /// Applies the due events at the head of a line, in order. True if there may be more at once.
 async fn drain_line(
     core: &Core,
-    owner @ (lease, _): (&Lease, &Keeper),
-    line: &Line,
+    (owner, keeper): (Owner<'_>, &Keeper),
+    line: Line,
 ) -> Result<bool> {
+    let lease = owner.lease;
+    if owner.stop.is_cancelled() {
+        return Ok(false);
+    }
     let waiting = core
         .store
         .line(lease, line.key.as_ref(), &line.head, BATCH)
@@ -130,27 +138,25 @@ async fn drain_line(
             }
         })
         .collect();
-    match apply(core, owner, &events, true, None).await {
-        Ok(applied) => return Ok(goes_on(core, &applied)),
-        Err(Undone::Alone(reason)) => {
-            tracing::debug!(group = %core.group, %reason, "a line goes on event by event");
+    let (mut left, mut most, mut overdue) = (&events[..], events.len(), None::<String>);
+    while !left.is_empty() {
+        let part = &left[..most.min(left.len())];
+        let applied = apply(core, owner, part, true, overdue.as_deref()).await;
+        if let Ok(Some(sent)) = applied.as_ref().map(|a| a.sent) {
+            keeper.renewed(sent);
         }
-        Err(undone) => return waits(core, lease, undone),
-    }
-    // Only its head, and if that took too long even alone, that is its attempt.
-    let Some(head) = events.first().map(std::slice::from_ref) else {
-        return Ok(false);
-    };
-    match apply(core, owner, head, true, None).await {
-        Ok(applied) => Ok(goes_on(core, &applied)),
-        Err(Undone::Alone(reason)) if !reason.is_empty() => {
-            match apply(core, owner, head, true, Some(&reason)).await {
-                Ok(applied) => Ok(goes_on(core, &applied)),
-                Err(undone) => waits(core, lease, undone),
+        match applied {
+            Ok(applied) if applied.alone => (left, most) = (&left[applied.handled..], 1),
+            Ok(applied) => return Ok(goes_on(core, &applied)),
+            Err(Undone::Alone(_)) if part.len() > 1 => most = 1,
+            // It took too long even alone: that is its attempt.
+            Err(Undone::Alone(reason)) if !reason.is_empty() && overdue.is_none() => {
+                overdue = Some(reason);
             }
+            Err(undone) => return waits(core, lease, undone),
         }
-        Err(undone) => waits(core, lease, undone),
     }
+    Ok(false)
 }
 
 fn goes_on(core: &Core, applied: &Applied) -> bool {

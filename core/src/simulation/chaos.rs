@@ -114,10 +114,15 @@ impl Fleet {
     fn consumer(&self, outbox: &Outbox, transport: ModelTransport, process: usize) -> Consumer {
         let plan = self.world.with(|w| w.plan.clone());
         let world = self.world.clone();
-        Consumer::new(outbox.database(), Arc::new(transport), GROUP)
+        let consumer = Consumer::new(outbox.database(), Arc::new(transport), GROUP)
             .settings(plan.consumer.settings)
-            .retry(plan.retry)
-            .on(Apply { world, process })
+            .retry(plan.retry);
+        let apply = Apply { world, process };
+        if plan.consumer.effects {
+            consumer.on_effect(apply)
+        } else {
+            consumer.on(apply)
+        }
     }
 
     /// Faults, one after the other, for as long as the seed says.
@@ -127,9 +132,10 @@ impl Fleet {
             self.world.pause(1..=400).await;
             self.bring_back(false);
             let mut events = self.world.with(|w| w.plan.faults.events.clone());
-            // What was acknowledged is gone from a queue; only a log is read again after a database has forgotten.
-            let forgets =
-                self.role == Role::Consumer && !self.world.with(|w| w.plan.consumer.replayable);
+            // What was acknowledged is gone from a queue, and an effect without a transaction is not undone; only a log is
+            // read again after a database has forgotten.
+            let plan = self.world.with(|w| w.plan.consumer.clone());
+            let forgets = self.role == Role::Consumer && (!plan.replayable || plan.effects);
             events.retain(|e| !forgets || *e != Event::Failover);
             if !events.is_empty() {
                 let chosen = self.world.with(|w| w.chance.below(events.len()));

@@ -79,11 +79,13 @@ impl Inner {
         }
     }
 
-    /// The waiting room has a maximum, which a batch may overstep.
+    /// The waiting room has a maximum, which each worker's batch may overstep.
     pub(super) fn check_consumers_room(&mut self) {
         let settings = &self.plan.consumer.settings;
-        let (most, per_key, batch) = (settings.deferred, settings.deferred_per_key, settings.batch);
-        self.check_room(Side::Consumer, GROUP, (most, per_key), batch);
+        let (most, per_key) = (settings.deferred, settings.deferred_per_key);
+        // Each worker may, at the same time.
+        let over = settings.batch * settings.workers;
+        self.check_room(Side::Consumer, GROUP, (most, per_key), over);
     }
 
     /// Once every key takes the straight way, nothing waits.
@@ -156,8 +158,8 @@ impl Inner {
     pub(super) fn check_consumption(&mut self) {
         let dead = self.dead_numbers();
         let mut effects = BTreeMap::<Number, usize>::new();
-        for number in &self.database.state.effects {
-            *effects.entry(*number).or_default() += 1;
+        for number in self.effects() {
+            *effects.entry(number).or_default() += 1;
         }
         let most = u32::try_from(self.plan.retry.delays.len()).unwrap_or(0) + 1;
         let mut wrong = Vec::new();
@@ -203,12 +205,22 @@ impl Inner {
         self.check_effects_order();
     }
 
+    /// In the order in which they happened. Those without a transaction may happen again: only the first counts.
+    fn effects(&self) -> Vec<Number> {
+        if !self.plan.consumer.effects {
+            return self.database.state.effects.clone();
+        }
+        let mut seen = BTreeSet::new();
+        let done = self.consumption.done.iter().copied();
+        done.filter(|n| seen.insert(*n)).collect()
+    }
+
     /// Effects of each key in the order in which its events came first.
     fn check_effects_order(&mut self) {
         let mut of_key = BTreeMap::<Key, Vec<Number>>::new();
-        for number in &self.database.state.effects {
-            if let Some(key) = Key::of(&self.consumption.events[*number].message) {
-                of_key.entry(key).or_default().push(*number);
+        for number in self.effects() {
+            if let Some(key) = Key::of(&self.consumption.events[number].message) {
+                of_key.entry(key).or_default().push(number);
             }
         }
         for (key, found) in of_key {

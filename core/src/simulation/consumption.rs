@@ -14,7 +14,7 @@ use super::{
     transaction::lost_to_another,
     world::{Inner, World},
 };
-use crate::{Context, Delivery, Event, Failure, Handler};
+use crate::{Context, Delivery, Effect, Event, Failure, Handler};
 
 pub(super) const GROUP: &str = "group";
 
@@ -72,6 +72,8 @@ pub(super) struct Consumption {
     pub(super) given: bool,
     /// Something that the handler needs is away.
     pub(super) away: Option<Instant>,
+    /// What effects without a transaction have done, repeats included.
+    pub(super) done: Vec<Number>,
 }
 
 #[derive(Debug, serde::Deserialize)]
@@ -104,6 +106,28 @@ impl Handler<Happened> for Apply {
         if !written {
             return Err(Failure::from(sqlx::Error::WorkerCrashed));
         }
+        let limit = self.world.with(|w| w.plan.consumer.settings.lease.term());
+        self.behave(number, limit * 3 / 5).await
+    }
+}
+
+impl Effect<Happened> for Apply {
+    async fn run(&self, delivery: &Delivery<Happened>) -> Result<(), Failure> {
+        let number = delivery.event.number;
+        self.world.pause(0..=2).await;
+        let limit = self.world.with(|w| w.plan.consumer.settings.effect_timeout);
+        self.behave(number, limit * 2).await?;
+        self.world.with(|w| {
+            w.tell(|| format!("effect: {number}"));
+            w.consumption.done.push(number);
+        });
+        Ok(())
+    }
+}
+
+impl Apply {
+    /// Does as its temper is; a slow one takes so long.
+    async fn behave(&self, number: Number, slow: Duration) -> Result<(), Failure> {
         let lost = self.world.with(Inner::loses);
         if lost {
             return Err(Failure::from(lost_to_another()));
@@ -115,10 +139,7 @@ impl Handler<Happened> for Apply {
             Some(Temper::Rejects) => return Err(Failure::reject("rejected")),
             Some(Temper::Skips) => return Err(Failure::skip()),
             Some(Temper::Panics) => std::panic::resume_unwind(Box::new("a handler panics")),
-            Some(Temper::Slow) => {
-                let term = self.world.with(|w| w.plan.consumer.settings.lease.term());
-                tokio::time::sleep(term * 3 / 5).await;
-            }
+            Some(Temper::Slow) => tokio::time::sleep(slow).await,
             _ => {}
         }
         Ok(())

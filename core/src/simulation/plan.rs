@@ -213,6 +213,8 @@ impl Faults {
 #[derive(Debug, Clone, Default)]
 pub(super) struct ConsumerPlan {
     pub(super) replayable: bool,
+    /// Effects without a transaction, instead of handlers.
+    pub(super) effects: bool,
     pub(super) consumers: usize,
     pub(super) events: usize,
     pub(super) settings: ConsumerSettings,
@@ -241,11 +243,14 @@ impl ConsumerPlan {
         let (repeats, conflict) = (some(0.6, 0.5), some(0.3, 0.05));
         Self {
             replayable: chance.hit(0.5),
+            effects: chance.hit(0.3),
             consumers: chance.within(1..=3),
             events: chance.within(4..=40),
             settings: ConsumerSettings {
                 lease,
                 batch: chance.within(1..=8),
+                workers: chance.within(1..=3),
+                effect_timeout: chance.millis(50..=500),
                 deferred: [2, 8, 1_000][chance.below(3)],
                 deferred_per_key: [1, 3, 1_000][chance.below(3)],
                 drain: chance.millis(0..=1_000),

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use super::{
     database::{Change, DeadRow, millis, partition_of},
-    exceptions::row_id,
+    exceptions::{message_id, row_id},
     unit,
     world::{Inner, World},
 };
@@ -17,7 +17,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Gate, Slice, Standing, Store, Unit, Waiting},
 };
 
 /// One process's way to the database.
@@ -233,6 +233,22 @@ impl Store for ModelStore {
         let scope = scope.to_owned();
         self.call("deferred", move |w| Ok(w.waiting_room(side, &scope)))
             .await
+    }
+
+    async fn standing(
+        &self,
+        group: &str,
+        messages: &[&pillarbox_transport::Message],
+    ) -> Result<Vec<Standing>> {
+        let names = messages.iter().map(|m| (Key::of(m), message_id(m)));
+        let (group, asked) = (group.to_owned(), names.collect::<Vec<_>>());
+        self.call("standing", move |w| {
+            let standings = asked.iter();
+            Ok(standings
+                .map(|(key, id)| w.standing(&group, key.as_ref(), id))
+                .collect())
+        })
+        .await
     }
 
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {

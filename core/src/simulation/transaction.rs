@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     error::{Error, Kind, Result},
+    event::Key,
+    failure::{LineId, Side},
     lease::{Lease, LeaseTerm},
+    store::Standing,
 };
 
 /// Group, source, id.
@@ -115,6 +118,20 @@ impl Inner {
         open.touched = Instant::now();
         self.units.open.insert(id, open);
         Ok(result)
+    }
+
+    /// How an event stands with a group, as committed.
+    pub(super) fn standing(&self, group: &str, key: Option<&Key>, id: &LineId) -> Standing {
+        let rows = self.database.state.deferred.iter();
+        let mut rows = rows.filter(|(of, _)| of.0 == Side::Consumer.as_str() && of.1 == group);
+        let inbox = (group.to_owned(), id.0.clone(), id.1.clone());
+        Standing {
+            waits: rows.any(|(of, row)| {
+                let itself = (&of.2, &of.3) == (&id.0, &id.1);
+                itself || (key.is_some() && Key::of(&row.message).as_ref() == key)
+            }),
+            known: self.database.state.inbox.contains_key(&inbox),
+        }
     }
 
     /// Deferred rows as a transaction sees them: what is committed, and its own.

@@ -102,8 +102,23 @@ pub trait Store: Send + Sync + 'static {
     /// How many events wait, for the maximum: of the scope, and of the key that has most.
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting>;
 
+    /// How each of these events stands with a group now, as committed: asked before an effect runs outside of a
+    /// transaction, and so a hint alone.
+    async fn standing(&self, group: &str, messages: &[&Message]) -> Result<Vec<Standing>>;
+
     /// A consumer's transaction: READ COMMITTED, bounded below the lease, durable at COMMIT where `durable`.
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>>;
+
+    /// Room for so many more of [`Store::begin`]'s transactions at once, until [`Store::narrow`].
+    fn widen(&self, _more: usize) {}
+
+    /// They are not needed any more.
+    fn narrow(&self, _less: usize) {}
+
+    /// How many transactions that write can be open at once.
+    fn writers(&self) -> usize {
+        tokio::sync::Semaphore::MAX_PERMITS
+    }
 
     /// The oldest dead letters of a group that have no copy at the broker yet.
     async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>>;
@@ -148,6 +163,15 @@ pub struct Waiting {
     pub total: u64,
     /// Events of its longest line.
     pub longest: u64,
+}
+
+/// How an event stands with a group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Standing {
+    /// Its key has a line, or it waits itself.
+    pub waits: bool,
+    /// The inbox has it, applied or dead; but for a dead letter that was put back into its line.
+    pub known: bool,
 }
 
 /// One transaction of a consumer, in which handlers write.

@@ -267,6 +267,7 @@ macro_rules! exercise {
             inbox::the_dead_are_remembered,
             inbox::a_dead_head_is_remembered,
             inbox::a_dead_letter_put_back_is_applied_once,
+            inbox::an_event_without_time_is_remembered,
             inbox::groups_and_sources_are_apart,
             inbox::a_line_blocks_its_key,
             inbox::the_probe_sees_the_units_own_writes,

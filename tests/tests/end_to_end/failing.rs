@@ -20,6 +20,7 @@ in_both_worlds!(
     a_database_that_is_away_burns_no_attempt,
     a_dependency_that_is_away_burns_no_attempt_and_keeps_the_order,
     a_stop_waits_for_no_dependency_that_stays_away,
+    what_came_before_it_in_its_batch_is_kept,
 );
 on_servers_alone!(sqlstates_that_are_nobodys_fault_burn_no_attempt);
 embedded_alone!(a_database_that_is_busy_burns_no_attempt);
@@ -56,6 +57,7 @@ async fn a_database_that_is_away_burns_no_attempt(world: World) {
     });
     let way = world.start(&outbox, world.ticks(handler.clone())).await;
     world.commit(&outbox, &ticks()).await;
+    // Whichever of the two keys came first: the source waits for it.
     until("it was tried three times", async || {
         // Of whichever key came first: the other's turn does not come.
         handler.calls().iter().filter(|c| c.n == 1).count() >= 3
@@ -112,6 +114,45 @@ async fn a_stop_waits_for_no_dependency_that_stays_away(world: World) {
     way.relay.shutdown().await.expect("relay");
     consumer.shutdown().await.expect("consumer");
     assert_nothing_burned(&world, &handler, 10).await;
+}
+
+/// Its neighbours are not called again for its sake.
+async fn what_came_before_it_in_its_batch_is_kept(world: World) {
+    let outbox = world.outbox();
+    let handler = TickHandler::acting({
+        let tries = std::sync::atomic::AtomicUsize::new(0);
+        move |d, _| {
+            let trouble = match d.event.key.as_deref() {
+                Some("away") => Some(Failure::from(sqlx::Error::PoolTimedOut)),
+                Some("unavailable") => Some(Failure::unavailable("the price list is away")),
+                _ => None,
+            };
+            // Each fails twice.
+            let verdict = match trouble {
+                Some(trouble) if tries.fetch_add(1, Relaxed) % 3 < 2 => Err(trouble),
+                _ => Ok(()),
+            };
+            Box::pin(async move { verdict })
+        }
+    });
+    let of = |key: &'static str| (1..=5).map(move |n| Tick::new(format!("{key}-{n}"), n));
+    let mut ticks: Vec<Tick> = of("a").collect();
+    ticks.push(Tick::new("away", 1));
+    ticks.extend(of("b"));
+    ticks.push(Tick::new("unavailable", 1));
+    ticks.extend(of("c"));
+    // Before anybody reads: they come as one batch.
+    world.commit(&outbox, &ticks).await;
+    let way = world.start(&outbox, world.ticks(handler.clone())).await;
+    world.until_effects(17).await;
+    way.stop().await;
+    for tick in ticks {
+        let key = tick.key.unwrap_or_default();
+        let calls = handler.calls_of(&key, tick.n).len();
+        let troubled = matches!(key.as_str(), "away" | "unavailable");
+        assert_eq!(calls, if troubled { 3 } else { 1 }, "{key}");
+    }
+    assert_nothing_burned(&world, &handler, 17).await;
 }
 
 /// Raised by the database itself, in the handler's transaction.

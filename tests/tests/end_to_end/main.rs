@@ -3,6 +3,7 @@
 mod bounds;
 mod chain;
 mod duplicates;
+mod effects;
 mod enqueue;
 mod failing;
 mod handlers;
@@ -13,6 +14,7 @@ mod refused;
 mod settings;
 mod start;
 mod way;
+mod workers;
 
 use std::time::Duration;
 

@@ -5,7 +5,7 @@ use std::{
     fmt,
     future::Future,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -25,8 +25,10 @@ use crate::{
     store::millis,
 };
 
-/// Connections of the engine, beside the host's.
-pub(super) const CONNECTIONS: u32 = 8;
+/// Connections of the engine, beside the host's, unless consumers have many workers.
+const CONNECTIONS: usize = 8;
+/// The most that it has with those.
+const MOST: u32 = 1_000;
 /// Of these, at most so many are lent to consumers' transactions: handlers must not keep a lease from being renewed.
 const UNITS: usize = 5;
 /// How long to wait for a free connection or a new one.
@@ -49,9 +51,20 @@ pub(super) struct Engine {
     host: PgPool,
     schema: String,
     pool: OnceLock<PgPool>,
+    /// Connections that are lent: the pool's own bound cannot grow.
+    all: Arc<Semaphore>,
     units: Arc<Semaphore>,
+    wanted: Mutex<Wanted>,
     /// The shortest term of a lease that this process took, in milliseconds.
     term: AtomicU64,
+}
+
+/// Transactions of consumers beyond [`UNITS`].
+#[derive(Default)]
+struct Wanted {
+    now: usize,
+    /// The most that there were at a time; connections that are not used end by themselves.
+    most: usize,
 }
 
 impl Engine {
@@ -60,7 +73,9 @@ impl Engine {
             host,
             schema: schema.to_owned(),
             pool: OnceLock::new(),
+            all: Arc::new(Semaphore::new(CONNECTIONS)),
             units: Arc::new(Semaphore::new(UNITS)),
+            wanted: Mutex::default(),
             term: AtomicU64::new(milliseconds(LeaseTerm::default().term())),
         }
     }
@@ -87,6 +102,29 @@ impl Engine {
         self.host.close().await;
     }
 
+    /// Makes room for so many more consumers' transactions.
+    pub(super) fn widen(&self, more: usize) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.now += more;
+        let grown = wanted.now.saturating_sub(wanted.most);
+        wanted.most += grown;
+        if grown > 0 {
+            self.units.add_permits(grown);
+            self.all.add_permits(grown);
+            let connections = CONNECTIONS + wanted.most;
+            tracing::info!(
+                schema = self.schema,
+                connections,
+                "the engine uses more connections, for consumers' workers"
+            );
+        }
+    }
+
+    pub(super) fn narrow(&self, less: usize) {
+        let mut wanted = self.wanted.lock().unwrap_or_else(PoisonError::into_inner);
+        wanted.now = wanted.now.saturating_sub(less);
+    }
+
     /// Made at the first use: building a `Database` neither connects nor needs a runtime.
     fn pool(&self) -> &PgPool {
         self.pool.get_or_init(|| {
@@ -102,7 +140,7 @@ impl Engine {
             );
             // With the host's hooks: what it sets on each connection, its handlers find here too.
             let pool = self.host.options().clone();
-            pool.max_connections(CONNECTIONS)
+            pool.max_connections(MOST)
                 .min_connections(0)
                 .acquire_timeout(PATIENCE)
                 .idle_timeout(Duration::from_secs(60))
@@ -113,12 +151,18 @@ impl Engine {
     }
 
     async fn connection(&self, operation: &'static str) -> Result<Session> {
+        let permit = Arc::clone(&self.all).acquire_owned();
+        let Ok(Ok(permit)) = tokio::time::timeout(PATIENCE, permit).await else {
+            let text = "all connections of the engine are in use";
+            return Err(Error::new(Kind::Unavailable, operation, text));
+        };
         let connection = self.pool().acquire().await;
         let connection = connection.map_err(|e| self.failed(operation, e))?;
         let mut session = Session {
             connection,
             clean: false,
             operation,
+            _permit: permit,
         };
         if !session.connection.is_in_transaction() {
             let prepared = prepare(&mut session.connection).await;
@@ -133,7 +177,7 @@ impl Engine {
         operation: &'static str,
         q: impl Fn() -> Query<'q>,
     ) -> Result<Vec<PgRow>> {
-        let mut dead = 0;
+        let mut dead = 0_usize;
         loop {
             let mut session = self.connection(operation).await?;
             match q().fetch_all(&mut *session.connection).await {
@@ -148,7 +192,7 @@ impl Engine {
 
     /// A session that has begun: on another connection when the first one turns out to be dead.
     async fn begun(&self, operation: &'static str, begin: String) -> Result<Session> {
-        let mut dead = 0;
+        let mut dead = 0_usize;
         loop {
             let mut session = self.connection(operation).await?;
             match session.script(begin.clone()).await {
@@ -193,7 +237,7 @@ impl Engine {
     ) -> Result<(Session, OwnedSemaphorePermit)> {
         let permit = tokio::time::timeout(bound, Arc::clone(&self.units).acquire_owned()).await;
         let Ok(Ok(permit)) = permit else {
-            let text = format!("all {UNITS} connections for consumers' transactions are in use");
+            let text = "all connections for consumers' transactions are in use";
             return Err(Error::new(Kind::Unavailable, operation, text));
         };
         let durable = if durable {
@@ -280,6 +324,8 @@ pub(super) struct Session {
     connection: PoolConnection<Postgres>,
     clean: bool,
     operation: &'static str,
+    // After the connection: it goes back first.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Session {

@@ -14,13 +14,14 @@ mod unit;
 use std::{future::Future, sync::Arc};
 
 use async_trait::async_trait;
+use pillarbox_transport::Message;
 use sqlx::PgPool;
 
 use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Gate, Slice, Store, Unit, Waiting};
+use super::{Gate, Slice, Standing, Store, Unit, Waiting};
 use crate::{
     connection::Pool,
     cursor::Progress,
@@ -195,11 +196,25 @@ impl Store for Postgres {
         to_its_end("count what waits", DEADLINE, work).await
     }
 
+    async fn standing(&self, group: &str, messages: &[&Message]) -> Result<Vec<Standing>> {
+        let (inner, asked) = (self.inner(), unit::Asked::new(group, messages));
+        let work = async move { inner.standing(asked).await };
+        self.held("look at events", work).await
+    }
+
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {
         let (inner, group) = (self.inner(), group.to_owned());
         let work = async move { Work::begin(inner, &group, term, durable).await };
         let unit = to_its_end("begin", term.term(), work).await?;
         Ok(Box::new(unit))
+    }
+
+    fn widen(&self, more: usize) {
+        self.0.engine.widen(more);
+    }
+
+    fn narrow(&self, less: usize) {
+        self.0.engine.narrow(less);
     }
 
     async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>> {

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::{
     Inner,
-    engine::{Query, Session, Text, query, to_its_end},
+    engine::{Commit, Query, Session, Text, query, to_its_end},
     failure::Place,
     lease::lost,
     row,
@@ -20,7 +20,7 @@ use crate::{
     error::{Error, Kind, Result, sqlstate},
     failure::{DeadLetter, Deferral, LineId, Resolution},
     lease::{Lease, LeaseTerm},
-    store::Unit,
+    store::{Standing, Unit},
 };
 
 /// Microseconds of one inbox slot, and slots of the ring.
@@ -33,6 +33,7 @@ const NEXT: &str = "RELEASE SAVEPOINT pillarbox_event; SAVEPOINT pillarbox_event
 pub(super) struct Statements {
     waiting: Text,
     remember: Text,
+    standing: Text,
 }
 
 impl Statements {
@@ -40,7 +41,84 @@ impl Statements {
         Self {
             waiting: format!("SELECT w FROM \"{schema}\".waiting($1, $2, $3, $4, $5) w").into(),
             remember: format!("SELECT \"{schema}\".remember($1, $2, $3, $4, $5, $6) AS new").into(),
+            standing: STANDING
+                .replace("@schema@", &format!("\"{schema}\""))
+                .into(),
         }
+    }
+}
+
+/// As `waiting` and `remember` see it, and without writing.
+const STANDING: &str = "\
+    SELECT w.waits, CASE WHEN m.ring IS NULL \
+        THEN EXISTS (SELECT FROM @schema@.inbox_timeless i \
+                     WHERE i.grp = $1 AND i.source = m.source AND i.id = m.id AND NOT (i.dead AND r.retried)) \
+        ELSE EXISTS (SELECT FROM @schema@.inbox i WHERE i.ring = m.ring AND i.slot = m.slot \
+                     AND i.grp = $1 AND i.source = m.source AND i.id = m.id AND NOT (i.dead AND r.retried)) \
+        END AS known \
+    FROM unnest($4::text[], $5::text[], $6::smallint[], $7::bigint[]) WITH ORDINALITY AS m (source, id, ring, slot, n) \
+    JOIN @schema@.waiting($1, $2, $3, $4, $5) WITH ORDINALITY AS w (waits, n) USING (n) \
+    CROSS JOIN LATERAL (SELECT EXISTS (SELECT FROM @schema@.deferred d WHERE d.side = 'consumer' AND d.scope = $1 \
+                        AND d.source = m.source AND d.id = m.id) AS retried) r \
+    ORDER BY m.n";
+
+/// Events as the statements name them, one array for each column.
+pub(super) struct Asked {
+    group: String,
+    topics: Vec<String>,
+    keys: Vec<Option<String>>,
+    sources: Vec<String>,
+    ids: Vec<String>,
+    slots: Vec<Option<i64>>,
+}
+
+impl Asked {
+    pub(super) fn new(group: &str, messages: &[&Message]) -> Self {
+        let texts =
+            |part: fn(&Message) -> String| messages.iter().map(|m| part(m)).collect::<Vec<_>>();
+        Self {
+            group: group.to_owned(),
+            topics: texts(|m| row::storable(&m.topic).into_owned()),
+            keys: messages
+                .iter()
+                .map(|m| m.key.as_deref().map(|k| row::storable(k).into_owned()))
+                .collect(),
+            sources: texts(|m| row::named(m.source())),
+            ids: texts(|m| row::named(&m.id)),
+            slots: messages.iter().map(|m| slot(row::micros(m.time))).collect(),
+        }
+    }
+
+    /// Bound as `waiting` takes it.
+    fn bind<'q>(self, text: &Text) -> Query<'q> {
+        query(text)
+            .bind(self.group)
+            .bind(self.topics)
+            .bind(self.keys)
+            .bind(self.sources)
+            .bind(self.ids)
+    }
+}
+
+impl Inner {
+    /// How events stand with a group.
+    pub(super) async fn standing(&self, mut asked: Asked) -> Result<Vec<Standing>> {
+        const OPERATION: &str = "look at events";
+        let slots = std::mem::take(&mut asked.slots);
+        let rings: Vec<Option<i16>> = slots.iter().map(|s| s.and_then(ring)).collect();
+        let q = asked.bind(&self.unit.standing).bind(rings).bind(slots);
+        let bound = self.engine.term().statement();
+        let mut tx = self.engine.begin(OPERATION, bound, Commit::Soon).await?;
+        let rows = tx.fetch(q).await;
+        let rows = tx.end(rows).await?;
+        let read = |row: &PgRow| {
+            Ok(Standing {
+                waits: row.try_get("waits")?,
+                known: row.try_get("known")?,
+            })
+        };
+        let standings: sqlx::Result<Vec<_>> = rows.iter().map(read).collect();
+        standings.map_err(|e| self.engine.failed(OPERATION, e))
     }
 }
 
@@ -129,7 +207,7 @@ impl Work {
     /// Writes the inbox row; false if the inbox has one.
     async fn inbox(&mut self, name: &LineId, slot: Option<i64>, dead: bool) -> Result<bool> {
         const OPERATION: &str = "remember an event";
-        let ring = slot.and_then(|s| i16::try_from(s.rem_euclid(RING)).ok());
+        let ring = slot.and_then(ring);
         let q = query(&self.inner.unit.remember)
             .bind(self.group.clone())
             .bind(ring)
@@ -180,18 +258,7 @@ impl Unit for Work {
 
     async fn blocked(&mut self, messages: &[&Message]) -> Result<Vec<bool>> {
         const OPERATION: &str = "look for waiting keys";
-        let texts =
-            |part: fn(&Message) -> String| messages.iter().map(|m| part(m)).collect::<Vec<_>>();
-        let keys: Vec<Option<String>> = messages
-            .iter()
-            .map(|m| m.key.as_deref().map(|k| row::storable(k).into_owned()))
-            .collect();
-        let q = query(&self.inner.unit.waiting)
-            .bind(self.group.clone())
-            .bind(texts(|m| row::storable(&m.topic).into_owned()))
-            .bind(keys)
-            .bind(texts(|m| row::named(m.source())))
-            .bind(texts(|m| row::named(&m.id)));
+        let q = Asked::new(&self.group, messages).bind(&self.inner.unit.waiting);
         let rows = q.fetch_all(self.session.connection()).await;
         let rows = rows.map_err(|e| self.failed(OPERATION, e))?;
         let blocked: sqlx::Result<Vec<bool>> = rows.iter().map(|row| row.try_get("w")).collect();
@@ -297,6 +364,10 @@ fn name(message: &Message) -> LineId {
 /// A function of the event, never of its arrival; none for an event without time.
 fn slot(micros: i64) -> Option<i64> {
     (micros != 0).then(|| micros.div_euclid(SLOT))
+}
+
+fn ring(slot: i64) -> Option<i16> {
+    i16::try_from(slot.rem_euclid(RING)).ok()
 }
 
 #[cfg(test)]

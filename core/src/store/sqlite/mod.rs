@@ -12,6 +12,7 @@ mod schema;
 mod unit;
 
 use async_trait::async_trait;
+use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Gate, Slice, Standing, Store, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -196,12 +197,20 @@ impl Store for Sqlite {
         failure::waiting(&self.engine, side, scope).await
     }
 
+    async fn standing(&self, group: &str, messages: &[&Message]) -> Result<Vec<Standing>> {
+        unit::standing(&self.engine, group, messages).await
+    }
+
     async fn begin(&self, group: &str, term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {
         let tx = self
             .engine
             .begin_uncancelled("begin", term.statement())
             .await?;
         Ok(Box::new(unit::SqliteUnit::new(tx, group)))
+    }
+
+    fn writers(&self) -> usize {
+        1
     }
 
     async fn uncopied(&self, group: &str, limit: u32) -> Result<Vec<DeadLetter>> {

@@ -9,13 +9,13 @@ use crate::{
     error::{Error, Kind, Result},
     failure::{DeadLetter, Deferral, LineId, Resolution},
     lease::{Lease, LeaseTerm},
-    store::Unit,
+    store::{Standing, Unit},
 };
 
 use super::{
     failure::{self, Place},
     lease,
-    pool::{Transaction, uncancelled},
+    pool::{Engine, Transaction, uncancelled},
     row,
 };
 
@@ -87,6 +87,51 @@ impl SqliteUnit {
     }
 }
 
+/// Whether an event of [`names`] waits: itself, or behind its key's line.
+const WAITS: &str = "EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
+       AND d.source = json_extract(m.value, '$[0]') AND d.id = json_extract(m.value, '$[1]')) \
+     OR EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
+       AND d.topic = json_extract(m.value, '$[2]') AND d.key = json_extract(m.value, '$[3]'))";
+
+/// Events as one parameter: source, id, topic and key of each.
+fn names(operation: &'static str, messages: &[&Message]) -> Result<String> {
+    let names: Vec<_> = messages
+        .iter()
+        .map(|m| (m.source(), &m.id, &m.topic, &m.key))
+        .collect();
+    serde_json::to_string(&names).map_err(|e| {
+        let text = "the events' names cannot be written as JSON";
+        Error::new(Kind::Invalid, operation, text).caused_by(e)
+    })
+}
+
+/// How events stand with a group. Reads beside the writer.
+pub(super) async fn standing(
+    engine: &Engine,
+    group: &str,
+    messages: &[&Message],
+) -> Result<Vec<Standing>> {
+    const OPERATION: &str = "look at events";
+    let text = format!(
+        "SELECT {WAITS}, EXISTS (SELECT 1 FROM {{p}}inbox i WHERE i.grp = ?1 \
+           AND i.source = json_extract(m.value, '$[0]') AND i.id = json_extract(m.value, '$[1]') \
+           AND NOT (i.dead AND EXISTS (SELECT 1 FROM {{p}}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
+             AND d.source = i.source AND d.id = i.id))) \
+         FROM json_each(?2) m ORDER BY m.key"
+    );
+    let mut connection = engine.reader(OPERATION).await?;
+    let rows = sqlx::query_as(engine.names().sql(&text))
+        .bind(group)
+        .bind(names(OPERATION, messages)?)
+        .fetch_all(&mut *connection)
+        .await;
+    let rows: Vec<(bool, bool)> = rows.map_err(|e| engine.names().failed(OPERATION, e))?;
+    Ok(rows
+        .into_iter()
+        .map(|(waits, known)| Standing { waits, known })
+        .collect())
+}
+
 #[async_trait]
 impl Unit for SqliteUnit {
     fn connection(&mut self) -> Option<Connection<'_>> {
@@ -95,21 +140,9 @@ impl Unit for SqliteUnit {
 
     async fn blocked(&mut self, messages: &[&Message]) -> Result<Vec<bool>> {
         self.tx.doing("probe lines");
-        let probe: Vec<_> = messages
-            .iter()
-            .map(|m| (m.source(), &m.id, &m.topic, &m.key))
-            .collect();
-        let Ok(probe) = serde_json::to_string(&probe) else {
-            let text = "the events' names cannot be written as JSON";
-            return Err(Error::new(Kind::Invalid, self.tx.operation(), text));
-        };
-        let sql = self.tx.names().sql(
-            "SELECT EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
-               AND d.source = json_extract(m.value, '$[0]') AND d.id = json_extract(m.value, '$[1]')) \
-             OR EXISTS (SELECT 1 FROM {p}deferred d WHERE d.side = 'consumer' AND d.scope = ?1 \
-               AND d.topic = json_extract(m.value, '$[2]') AND d.key = json_extract(m.value, '$[3]')) \
-             FROM json_each(?2) m ORDER BY m.key",
-        );
+        let probe = names(self.tx.operation(), messages)?;
+        let text = format!("SELECT {WAITS} FROM json_each(?2) m ORDER BY m.key");
+        let sql = self.tx.names().sql(&text);
         let blocked = sqlx::query_scalar(sql)
             .bind(self.name.as_str())
             .bind(probe)

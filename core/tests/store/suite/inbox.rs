@@ -39,6 +39,9 @@ impl Consumer {
         let mut unit = self.begin().await;
         let new = unit.remember(m).await.unwrap();
         unit.rollback().await.unwrap();
+        // What looks without writing sees the same.
+        let standings = self.database.store().standing(GROUP, &[m]).await;
+        assert_eq!(standings.unwrap()[0].known, !new);
         new
     }
 }
@@ -142,6 +145,7 @@ pub(crate) async fn a_dead_letter_put_back_is_applied_once(bench: &dyn Bench) {
     let mut unit = consumer.begin().await;
     unit.defer(&deferral(&m)).await.unwrap();
     consumer.commit(unit).await;
+    assert!(consumer.is_new(&m).await, "it is to be applied");
     for first in [true, false] {
         let mut unit = consumer.begin().await;
         unit.savepoint().await.unwrap();
@@ -154,6 +158,19 @@ pub(crate) async fn a_dead_letter_put_back_is_applied_once(bench: &dyn Bench) {
     unit.resolve(&line_id(&m), &done).await.unwrap();
     consumer.commit(unit).await;
     assert!(!consumer.is_new(&m).await);
+}
+
+pub(crate) async fn an_event_without_time_is_remembered(bench: &dyn Bench) {
+    let consumer = Consumer::new(bench).await;
+    let timeless = Message {
+        time: std::time::SystemTime::UNIX_EPOCH,
+        ..message(None)
+    };
+    assert!(consumer.is_new(&timeless).await);
+    let mut unit = consumer.begin().await;
+    assert!(unit.remember(&timeless).await.unwrap());
+    consumer.commit(unit).await;
+    assert!(!consumer.is_new(&timeless).await);
 }
 
 pub(crate) async fn groups_and_sources_are_apart(bench: &dyn Bench) {
@@ -198,6 +215,9 @@ pub(crate) async fn a_line_blocks_its_key(bench: &dyn Bench) {
     let expected: Vec<_> = probe.iter().map(|(_, blocked)| *blocked).collect();
     let mut unit = consumer.begin().await;
     assert_eq!(unit.blocked(&messages).await.unwrap(), expected);
+    let standings = consumer.database.store().standing(GROUP, &messages);
+    let waits: Vec<_> = standings.await.unwrap().iter().map(|s| s.waits).collect();
+    assert_eq!(waits, expected);
     assert!(unit.blocked(&[]).await.unwrap().is_empty());
     unit.rollback().await.unwrap();
     let mut unit = consumer.begin_as("billing").await;
