@@ -12,6 +12,7 @@ pub mod lease;
 pub mod memory;
 mod outbox;
 pub mod relay;
+mod retention;
 mod running;
 #[cfg(any(test, feature = "simulation"))]
 #[doc(hidden)]
@@ -29,4 +30,5 @@ pub use event::{Event, Key};
 pub use outbox::{InTransaction, Insert, Outbox, Param};
 pub use pillarbox_transport as transport;
 pub use relay::{Relay, RelaySettings};
+pub use retention::RetentionSettings;
 pub use running::{Health, Running};

@@ -1,6 +1,6 @@
 //! The model database as the engine's store.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -15,7 +15,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Cleaned, Gate, Slice, Store, Trimmed, Unit, Waiting},
 };
 
 /// One process's way to the database.
@@ -420,6 +420,24 @@ impl Store for ModelStore {
 
     async fn copied(&self, _lease: &Lease, _ids: &[LineId]) -> Result<()> {
         Ok(())
+    }
+
+    async fn clean_log(&self, _lease: &Lease, _keep: Duration) -> Result<Cleaned> {
+        Ok(Cleaned::default())
+    }
+
+    async fn clean_inbox(&self, _lease: &Lease, _remember: Duration) -> Result<Cleaned> {
+        Ok(Cleaned::default())
+    }
+
+    async fn trim_dead_letters(
+        &self,
+        _lease: &Lease,
+        _side: Side,
+        _keep: Duration,
+        _most: u64,
+    ) -> Result<Vec<Trimmed>> {
+        Ok(Vec::new())
     }
 }
 

@@ -7,9 +7,12 @@ mod failure;
 mod lease;
 mod log;
 mod pool;
+mod retention;
 mod row;
 mod schema;
 mod unit;
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 use sqlx::SqlitePool;
@@ -21,7 +24,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Cleaned, Gate, Slice, Store, Trimmed, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -214,5 +217,23 @@ impl Store for Sqlite {
                 })
             })
             .await
+    }
+
+    async fn clean_log(&self, lease: &Lease, keep: Duration) -> Result<Cleaned> {
+        retention::clean_log(&self.engine, lease, keep).await
+    }
+
+    async fn clean_inbox(&self, lease: &Lease, remember: Duration) -> Result<Cleaned> {
+        retention::clean_inbox(&self.engine, lease, remember).await
+    }
+
+    async fn trim_dead_letters(
+        &self,
+        lease: &Lease,
+        side: Side,
+        keep: Duration,
+        most: u64,
+    ) -> Result<Vec<Trimmed>> {
+        retention::trim_dead_letters(&self.engine, lease, side, keep, most).await
     }
 }
