@@ -216,12 +216,11 @@ async fn a_partition_without_a_cursor_holds_its_slots() {
         }
     }
     // All of it settled, as far as there are cursors.
-    run(
-        &mut writer,
-        "UPDATE {cursor} SET base = 1000000, seen = pillarbox.cut(); \
-         DELETE FROM {cursor} WHERE partition = 1",
-    )
-    .await;
+    let cut = text(&mut writer, "SELECT pillarbox.cut()::text").await;
+    let settled = format!(
+        "UPDATE {{cursor}} SET base = 1000000, seen = '{cut}'; DELETE FROM {{cursor}} WHERE partition = 1"
+    );
+    run(&mut writer, &settled).await;
     let cleaned = log.clean().await;
     assert_eq!((cleaned.removed, cleaned.held.len()), (1, 1), "{cleaned:?}");
     assert_eq!(log.rows().await, 1);

@@ -228,8 +228,8 @@ pub(crate) async fn a_dead_letter_waits_for_its_copy(bench: &dyn Bench) {
     }
     unit.commit(&inbox.consumer, term()).await.unwrap();
     let pump = acquire(&**store, &pump()).await.lease;
-    let copied = store.copied(&pump, &[line_id(&letters[1])]);
-    copied.await.unwrap();
+    let copy = [line_id(&letters[1])];
+    store.copied(&pump, &copy).await.unwrap();
     let trim = async |keep, most| {
         let trims = store.trim_dead_letters(&inbox.lease, Side::Consumer, keep, most);
         trims.await.unwrap()
