@@ -1,6 +1,9 @@
 //! What nobody needs goes; what somebody needs stays.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, SystemTime},
+};
 
 use pillarbox_core::{
     Database, Outbox, Relay, RetentionSettings,
@@ -479,22 +482,25 @@ pub(crate) async fn a_log_under_load_does_not_grow(bench: &dyn Bench) {
     let log = Log::new(bench).await;
     bench.short_slots().await;
     let until = std::time::Instant::now() + Duration::from_secs(seconds);
+    let all_written = AtomicBool::new(false);
     let writing = async {
         let mut written = Vec::new();
         while std::time::Instant::now() < until {
             written.push(bench.write_impatiently(100).await);
         }
+        all_written.store(true, Ordering::SeqCst);
         written.into_iter().sum::<usize>()
     };
     let reading = async {
         let acquired = acquire(log.store(), &relay()).await;
         let (mut at, mut read, mut rest) = (acquired.progress, 0, 2);
         while rest > 0 {
+            let over = all_written.load(Ordering::SeqCst);
             let slice = log.store().read(0, &at, 200).await.unwrap();
             read += slice.events.len();
             match slice.end {
                 Some(end) => at = end,
-                None if std::time::Instant::now() > until => rest -= 1,
+                None if over => rest -= 1,
                 None => tokio::time::sleep(Duration::from_millis(5)).await,
             }
             let settled = log.store().settle(&acquired.lease, &at, term(), false);
