@@ -1,6 +1,7 @@
 //! The engine of Pillarbox. Use it through the package `pillarbox`.
 
 mod backoff;
+mod backpressure;
 pub mod config;
 pub mod connection;
 pub mod consumer;
@@ -22,6 +23,7 @@ pub mod store;
 mod wake;
 pub mod window;
 
+pub use backpressure::Backlog;
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Failure, Handler};

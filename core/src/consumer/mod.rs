@@ -172,7 +172,7 @@ impl Consumer {
 
     /// Events that handlers enqueue are seen at once by the relays of this outbox.
     pub fn outbox(mut self, outbox: &Outbox) -> Self {
-        self.core.outbox = outbox.clone();
+        self.core.outbox = outbox.clone().refusing_nothing();
         self
     }
 

@@ -9,6 +9,7 @@ use super::{
     world::{Inner, World},
 };
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::{Error, Kind, Result},
@@ -408,6 +409,10 @@ impl Store for ModelStore {
         let scope = scope.to_owned();
         self.call("deferred", move |w| Ok(w.waiting_room(side, &scope)))
             .await
+    }
+
+    async fn backlog(&self) -> Result<Backlog> {
+        Ok(Backlog::default())
     }
 
     async fn begin(&self, _group: &str, _term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {

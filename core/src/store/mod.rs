@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use pillarbox_transport::Message;
 
 use crate::{
+    backpressure::Backlog,
     connection::{Connection, Pool},
     cursor::Progress,
     error::Result,
@@ -98,6 +99,9 @@ pub trait Store: Send + Sync + 'static {
 
     /// How many events wait, for the maximum: of the scope, and of the key that has most.
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting>;
+
+    /// How far the destinations are behind: the one that is farthest.
+    async fn backlog(&self) -> Result<Backlog>;
 
     /// A consumer's transaction: READ COMMITTED, bounded below the lease, durable at COMMIT where `durable`.
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>>;

@@ -23,6 +23,7 @@ use self::{
 };
 use super::{Cleaned, Gate, Slice, Store, Trimmed, Unit, Waiting};
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::Result,
@@ -192,6 +193,12 @@ impl Store for Postgres {
         let (inner, scope) = (self.inner(), scope.to_owned());
         let work = async move { inner.waiting(side, &scope).await };
         to_its_end("count what waits", DEADLINE, work).await
+    }
+
+    async fn backlog(&self) -> Result<Backlog> {
+        let inner = self.inner();
+        let work = async move { inner.backlog().await };
+        to_its_end("look at the backlog", DEADLINE, work).await
     }
 
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {

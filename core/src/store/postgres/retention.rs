@@ -12,6 +12,7 @@ use super::{
     engine::{Commit, Query, Text, query},
 };
 use crate::{
+    backpressure::Backlog,
     error::Result,
     failure::Side,
     lease::Lease,
@@ -37,6 +38,7 @@ pub(super) struct Statements {
     carry: Text,
     timeless: Text,
     scopes: Text,
+    backlog: Text,
     aged: Text,
     too_many: Text,
 }
@@ -90,6 +92,16 @@ impl Statements {
                    SELECT (SELECT min(d.scope) FROM {schema}.dead_letter d WHERE d.side = $1) AS scope UNION ALL \
                    SELECT (SELECT min(d.scope) FROM {schema}.dead_letter d WHERE d.side = $1 AND d.scope > s.scope) \
                    FROM s WHERE s.scope IS NOT NULL) SELECT scope FROM s WHERE scope IS NOT NULL",
+            ),
+            // Above the cursors: what commits late, below them, is soon read.
+            backlog: text(
+                "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - oldest.created_at)) * 1000, 0)::bigint AS age, \
+                   coalesce(max(newest.position) - min(oldest.position) + 1, 0)::bigint AS events \
+                 FROM {schema}.cursor c, LATERAL (SELECT o.position, o.created_at FROM {schema}.outbox o \
+                   WHERE o.partition = c.partition AND o.position > greatest(c.base, c.last) \
+                   ORDER BY o.position LIMIT 1) oldest, \
+                 LATERAL (SELECT o.position FROM {schema}.outbox o WHERE o.partition = c.partition \
+                   ORDER BY o.position DESC LIMIT 1) newest",
             ),
             // Those of which the broker is to get a copy stay until it has it, unless they are too many.
             aged: trim(
@@ -198,6 +210,24 @@ impl Inner {
             }
         }
         self.empty(lease, ring, remember, Some(newest)).await
+    }
+
+    /// How far the destination is behind that is farthest.
+    pub(super) async fn backlog(&self) -> Result<Backlog> {
+        const OPERATION: &str = "look at the backlog";
+        let rows = self
+            .engine
+            .fetch(OPERATION, || query(&self.retention.backlog))
+            .await?;
+        let Some(row) = rows.first() else {
+            return Ok(Backlog::default());
+        };
+        let age: i64 = self.column(OPERATION, row, "age")?;
+        let events: i64 = self.column(OPERATION, row, "events")?;
+        Ok(Backlog {
+            age: Duration::from_millis(u64::try_from(age).unwrap_or_default()),
+            events: u64::try_from(events).unwrap_or_default(),
+        })
     }
 
     /// At most so many dead letters of each scope.

@@ -18,6 +18,7 @@ use async_trait::async_trait;
 use sqlx::SqlitePool;
 
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::Result,
@@ -193,6 +194,10 @@ impl Store for Sqlite {
 
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         failure::waiting(&self.engine, side, scope).await
+    }
+
+    async fn backlog(&self) -> Result<Backlog> {
+        retention::backlog(&self.engine).await
     }
 
     async fn begin(&self, group: &str, term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {

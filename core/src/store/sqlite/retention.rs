@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::{
+    backpressure::Backlog,
     error::Result,
     failure::Side,
     lease::Lease,
@@ -57,6 +58,26 @@ pub(super) async fn clean_log(engine: &Engine, held: &Lease, keep: Duration) -> 
         removed,
         more: removed > 0,
         held: Vec::new(),
+    })
+}
+
+/// How far the destination is behind that is farthest.
+pub(super) async fn backlog(engine: &Engine) -> Result<Backlog> {
+    const OPERATION: &str = "look at the backlog";
+    let names = engine.names();
+    let mut reader = engine.reader(OPERATION).await?;
+    let sql = names.sql(
+        "SELECT coalesce((SELECT {now} - CAST(o.created_at AS INTEGER) FROM {p}outbox o WHERE o.position > c.last \
+           ORDER BY o.position LIMIT 1), 0), coalesce((SELECT max(position) FROM {p}outbox) - c.last, 0) \
+         FROM (SELECT coalesce(min(last), 0) AS last FROM {p}cursor) c",
+    );
+    let (age, events): (i64, i64) = sqlx::query_as(sql)
+        .fetch_one(&mut *reader)
+        .await
+        .map_err(|e| names.failed(OPERATION, e))?;
+    Ok(Backlog {
+        age: Duration::from_micros(u64::try_from(age).unwrap_or_default()),
+        events: u64::try_from(events).unwrap_or_default(),
     })
 }
 

@@ -1,12 +1,16 @@
 //! What nobody needs goes; what somebody needs stays.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
 use pillarbox_core::{
-    Database, Outbox, Relay, RetentionSettings,
+    Backlog, Consumer, Context, Database, Delivery, Event, Failure, Handler, Kind, Outbox, Pool,
+    Relay, RetentionSettings,
     failure::Side,
     lease::{Lease, LeaseKey},
     store::{Cleaned, Store},
@@ -441,7 +445,7 @@ pub(crate) async fn a_relay_cleans_beside_its_work(bench: &dyn Bench) {
     let database = migrated(bench).await;
     bury(&database, 3).await;
     let outbox = Outbox::new(&database);
-    let relay = Relay::new(&outbox, std::sync::Arc::new(Memory::new()))
+    let relay = Relay::new(&outbox, Arc::new(Memory::new()))
         .accept_unrouted(["shop.order.placed"])
         .retention(RetentionSettings {
             log: NONE,
@@ -469,6 +473,118 @@ pub(crate) async fn a_relay_cleans_beside_its_work(bench: &dyn Bench) {
     relay.shutdown().await.unwrap();
     // Given back at once.
     acquire(&**database.store(), &cleaner("log")).await;
+}
+
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Placed {}
+
+impl Event for Placed {
+    const TYPE: &'static str = "shop.order.placed";
+    const TOPIC: &'static str = "shop.events";
+}
+
+struct Ignore;
+
+impl Handler<Placed> for Ignore {
+    async fn handle(&self, _: Delivery<Placed>, _: &mut Context<'_>) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
+pub(crate) async fn a_consumer_cleans_beside_its_work(bench: &dyn Bench) {
+    let inbox = Inbox::new(bench).await;
+    let store = inbox.database.store();
+    let mut unit = store.begin(GROUP, term(), true).await.unwrap();
+    unit.bury(&letter(&message(None))).await.unwrap();
+    unit.commit(&inbox.consumer, term()).await.unwrap();
+    store.release(&inbox.lease).await.unwrap();
+    let consumer = Consumer::new(&inbox.database, Arc::new(Memory::new()), GROUP)
+        .on::<Placed>(Ignore)
+        .retention(RetentionSettings {
+            dead_letters_max: 0,
+            interval: Duration::from_millis(50),
+            ..RetentionSettings::default()
+        })
+        .spawn();
+    let begun = std::time::Instant::now();
+    while bench.number(LETTERS).await > 0
+        || bench.number("SELECT count(*) FROM {inbox_clock}").await == 0
+    {
+        assert!(
+            begun.elapsed() < Duration::from_secs(30),
+            "nothing is cleaned"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    consumer.shutdown().await.unwrap();
+    acquire(&**store, &cleaner("inbox")).await;
+}
+
+pub(crate) async fn the_backlog_is_what_is_not_settled(bench: &dyn Bench) {
+    let log = Log::new(bench).await;
+    let outbox = Outbox::new(&log.database);
+    assert_eq!(outbox.backlog().await.unwrap(), Backlog::default());
+    log.write(7).await;
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let backlog = outbox.backlog().await.unwrap();
+    assert_eq!(backlog.events, 7);
+    assert!(backlog.age >= Duration::from_millis(10), "{backlog:?}");
+    log.settle_all(&relay()).await;
+    assert_eq!(outbox.backlog().await.unwrap(), Backlog::default());
+}
+
+pub(crate) async fn an_outbox_refuses_beyond_what_it_was_told(bench: &dyn Bench) {
+    let log = Log::new(bench).await;
+    let most = Backlog {
+        events: 5,
+        age: HOUR,
+    };
+    let outbox = Outbox::new(&log.database).refuse_beyond(most);
+    log.write(6).await;
+    let enqueued = async || match log.database.pool().expect("a real database") {
+        #[cfg(feature = "postgres")]
+        Pool::Postgres(pool) => {
+            let mut tx = pool.begin().await.unwrap();
+            let one = outbox.enqueue(&mut tx, &Placed {}).await;
+            // Refused before the statement: the transaction is as good as before.
+            outbox.insert(&message(None)).unwrap();
+            sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap();
+            tx.rollback().await.unwrap();
+            one
+        }
+        #[cfg(feature = "sqlite")]
+        Pool::Sqlite(pool) => {
+            let mut tx = pool.begin().await.unwrap();
+            let one = outbox.enqueue(&mut tx, &Placed {}).await;
+            sqlx::raw_sql("SELECT 1").execute(&mut *tx).await.unwrap();
+            tx.rollback().await.unwrap();
+            one
+        }
+    };
+    let until = async |refused: bool| {
+        let begun = std::time::Instant::now();
+        loop {
+            match enqueued().await {
+                Err(e) if refused => {
+                    assert_eq!(e.kind(), Kind::Backlogged, "{e}");
+                    assert!(e.is_temporary());
+                    return;
+                }
+                Ok(_) if !refused => return,
+                _ => {}
+            }
+            assert!(
+                begun.elapsed() < Duration::from_secs(30),
+                "never: {refused}"
+            );
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    until(true).await;
+    log.settle_all(&relay()).await;
+    until(false).await;
+    // Others take what they are given.
+    log.write(6).await;
 }
 
 /// Writers, a relay's reads and a cleaner side by side: the log stays small, nothing is missed, and no writer waits 50 ms for
