@@ -19,6 +19,8 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// As durations are written: of 365.25 days.
+const YEAR: Duration = Duration::from_secs(31_557_600);
 
 /// `[relay]`.
 #[derive(Deserialize)]
@@ -226,7 +228,7 @@ impl RetentionTable {
     pub(super) fn build(self) -> Result<RetentionSettings, Wrong> {
         Ok(RetentionSettings {
             log: lasting("log", self.log, MINUTE, 30 * DAY)?,
-            dead_letters: lasting("dead_letters", self.dead_letters, HOUR, 3_650 * DAY)?,
+            dead_letters: lasting("dead_letters", self.dead_letters, HOUR, 10 * YEAR)?,
             dead_letters_max: within("dead_letters_max", self.dead_letters_max, 1, 10_000_000)?,
             // The inbox's clocks go by what each look finds: less often than once a minute would slow them.
             interval: lasting("interval", self.interval, Duration::from_secs(1), MINUTE)?,
