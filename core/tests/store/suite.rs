@@ -19,10 +19,12 @@ use pillarbox_core::{
 };
 use uuid::Uuid;
 
+pub(crate) mod backpressure;
 pub(crate) mod consumer;
 pub(crate) mod deferred;
 pub(crate) mod drops;
 pub(crate) mod fences;
+pub(crate) mod forgetting;
 pub(crate) mod inbox;
 pub(crate) mod leases;
 pub(crate) mod log;
@@ -299,17 +301,17 @@ macro_rules! exercise {
             retention::one_cleaner_works,
             retention::a_long_log_goes_step_by_step,
             retention::dead_letters_go_by_age_and_number,
-            retention::a_dead_letter_waits_for_its_copy,
-            retention::a_source_is_remembered_for_its_running_time,
-            retention::a_stop_of_days_forgets_nothing,
-            retention::a_silent_source_outlasts_those_that_run,
-            retention::an_event_without_time_is_forgotten_too,
-            retention::a_clock_set_back_forgets_nothing,
-            retention::an_inbox_does_not_grow,
+            forgetting::a_dead_letter_waits_for_its_copy,
+            forgetting::a_source_is_remembered_for_its_running_time,
+            forgetting::a_stop_of_days_forgets_nothing,
+            forgetting::a_silent_source_outlasts_those_that_run,
+            forgetting::an_event_without_time_is_forgotten_too,
+            forgetting::a_clock_set_back_forgets_nothing,
+            forgetting::an_inbox_does_not_grow,
             retention::a_relay_cleans_beside_its_work,
-            retention::a_consumer_cleans_beside_its_work,
-            retention::the_backlog_is_what_is_not_settled,
-            retention::an_outbox_refuses_beyond_what_it_was_told,
+            forgetting::a_consumer_cleans_beside_its_work,
+            backpressure::the_backlog_is_what_is_not_settled,
+            backpressure::an_outbox_refuses_beyond_what_it_was_told,
             retention::a_log_under_load_does_not_grow,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
