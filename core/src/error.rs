@@ -23,6 +23,8 @@ pub enum Kind {
     Invalid,
     /// An event is larger than a limit; nothing was written.
     TooLarge,
+    /// The relays are too far behind, and the outbox was told to refuse events then; nothing was written.
+    Backlogged,
     /// The configuration is wrong.
     Configuration,
     /// The broker; see the source.
@@ -82,7 +84,7 @@ impl Error {
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self.kind {
-            Kind::Unavailable | Kind::LeaseLost => true,
+            Kind::Unavailable | Kind::LeaseLost | Kind::Backlogged => true,
             Kind::Transport => self
                 .source
                 .as_ref()

@@ -27,7 +27,8 @@ pub enum LeaseKey {
         /// The queue or partition.
         source: Source,
     },
-    /// Work without a cursor: `pump` (a group's deferred lines), `memory` (the one process on the memory transport).
+    /// Work without a cursor: `pump` (a group's deferred lines), `cleaner` (of the log, of the inbox), `memory` (the one
+    /// process on the memory transport).
     Duty {
         /// What work.
         kind: &'static str,

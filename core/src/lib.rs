@@ -4,6 +4,7 @@
 compile_error!("pillarbox needs a database: switch on its feature `postgres` or `sqlite`");
 
 mod backoff;
+mod backpressure;
 pub mod config;
 pub mod connection;
 pub mod consumer;
@@ -15,6 +16,7 @@ pub mod lease;
 pub mod memory;
 mod outbox;
 pub mod relay;
+mod retention;
 mod running;
 #[cfg(any(test, feature = "simulation"))]
 #[doc(hidden)]
@@ -24,6 +26,7 @@ pub mod store;
 mod wake;
 pub mod window;
 
+pub use backpressure::Backlog;
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
@@ -32,4 +35,5 @@ pub use event::{Event, Key};
 pub use outbox::{InTransaction, Insert, Outbox, Param};
 pub use pillarbox_transport as transport;
 pub use relay::{Relay, RelaySettings};
+pub use retention::RetentionSettings;
 pub use running::{Health, Running};

@@ -7,6 +7,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::{
+    backpressure::{Backlog, Pressure},
     connection::{Connection, Database},
     error::{Error, Kind, Result, sqlstate},
     event::Event,
@@ -38,6 +39,7 @@ pub struct Outbox {
     attributes: Vec<(String, String)>,
     statements: Arc<Statements>,
     wake: Wake,
+    pressure: Option<Arc<Pressure>>,
 }
 
 struct Statements {
@@ -58,6 +60,7 @@ impl Outbox {
             attributes: Vec::new(),
             statements,
             wake: Wake::new(),
+            pressure: None,
         }
     }
 
@@ -66,6 +69,29 @@ impl Outbox {
     pub fn with_limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
+    }
+
+    /// Refuses events with [`Kind::Backlogged`] while the relays are farther behind than this. What counts was seen a
+    /// second ago or so, by a look of its own: an enqueue stays one statement, and this no exact bound. Handlers'
+    /// events are never refused. Without it, which is the default, the log takes everything.
+    #[must_use]
+    pub fn refuse_beyond(mut self, most: Backlog) -> Self {
+        self.pressure = Some(Arc::new(Pressure::new(most)));
+        self
+    }
+
+    /// For handlers: what came in must come out, or the refusal would become their dead letter.
+    pub(crate) fn refusing_nothing(mut self) -> Self {
+        self.pressure = None;
+        self
+    }
+
+    /// How far the relays are behind. A cheap look at the log, for metrics and to slow down by.
+    ///
+    /// # Errors
+    /// The database's: it needs the right to read log and cursors.
+    pub async fn backlog(&self) -> Result<Backlog> {
+        self.database.store().backlog().await
     }
 
     /// A clone that gives each event this CloudEvents attribute unless it has one: `correlationid`, `causationid`, `traceparent`, `source`.
@@ -196,6 +222,9 @@ impl Outbox {
         if !connection.is_in_transaction() {
             let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
             return Err(Error::new(Kind::Invalid, "enqueue", text));
+        }
+        if let Some(pressure) = &self.pressure {
+            pressure.check(self.database.store())?;
         }
         self.statements
             .run(&mut connection, rows)

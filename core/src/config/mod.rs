@@ -25,13 +25,14 @@ use problem::{Scope, list, misspelt, nearest};
 use source::Source;
 
 /// The engine's own tables, at the top of a file and in each section.
-pub const TABLES: [&str; 11] = [
+pub const TABLES: [&str; 12] = [
     "store",
     "transport",
     "destinations",
     "relay",
     "consumer",
     "retry",
+    "retention",
     "console",
     "telemetry",
     "outbox",

@@ -10,7 +10,7 @@ use super::{
     MAIN, TABLES,
     problem::{Scope, misspelt},
     store::{StoreSettings, StoreTable},
-    tables::{self, ConsumerTable, OutboxTable, RelayTable, RetryTable},
+    tables::{self, ConsumerTable, OutboxTable, RelayTable, RetentionTable, RetryTable},
     transport::TransportSettings,
 };
 use crate::{
@@ -20,6 +20,7 @@ use crate::{
     failure::Retry,
     outbox::Outbox,
     relay::{Relay, RelaySettings},
+    retention::RetentionSettings,
 };
 
 /// Tables of later versions: refused, because whoever writes one relies on it.
@@ -44,6 +45,8 @@ pub struct Settings {
     pub consumer: ConsumerSettings,
     /// `[retry]`: the schedule for both.
     pub retry: Retry,
+    /// `[retention]`: how long what is over is kept.
+    pub retention: RetentionSettings,
     /// `[outbox]`: who the events are from, and how large they may be.
     pub outbox: OutboxSettings,
     /// `[types."NAME"]`: what is said about single event types.
@@ -119,6 +122,10 @@ impl Settings {
             return Err(scope.misspelt(name, near));
         }
         let reader = Reader { scope, ours };
+        let consumer = reader.build("consumer", ConsumerTable::build)?;
+        let retry = reader.build("retry", RetryTable::build)?;
+        let outlasts = tables::outlasts(&consumer, &retry);
+        reader.scope.judge("consumer", outlasts)?;
         Ok(Self {
             store: {
                 let table = reader.read::<StoreTable>("store")?;
@@ -130,8 +137,9 @@ impl Settings {
                 None => TransportSettings::none(reader.scope.clone()),
             },
             relay: reader.build("relay", RelayTable::build)?,
-            consumer: reader.build("consumer", ConsumerTable::build)?,
-            retry: reader.build("retry", RetryTable::build)?,
+            consumer,
+            retry,
+            retention: reader.build("retention", RetentionTable::build)?,
             outbox: reader.build("outbox", OutboxTable::build)?,
             types: reader.build("types", tables::types)?,
             topics: reader.build("topics", tables::topics)?,
@@ -180,12 +188,13 @@ impl Settings {
         Outbox::new(database).with_limits(self.outbox.limits.clone())
     }
 
-    /// A relay with everything that is said about it: `[relay]`, `[retry]`, `[outbox] source`, `[types]` and
-    /// `[destinations.main]`.
+    /// A relay with everything that is said about it: `[relay]`, `[retry]`, `[retention]`, `[outbox] source`, `[types]`
+    /// and `[destinations.main]`.
     pub fn new_relay(&self, outbox: &Outbox, transport: Arc<dyn Transport>) -> Relay {
         let mut relay = Relay::new(outbox, transport)
             .settings(self.relay.clone())
             .retry(self.retry.clone())
+            .retention(self.retention.clone())
             .accept_unrouted(self.accept_unrouted());
         if let Some(source) = &self.outbox.source {
             relay = relay.source(source);
@@ -197,7 +206,7 @@ impl Settings {
         }
     }
 
-    /// A consumer of `group` with `[consumer]` and `[retry]`, whose handlers enqueue into `outbox`.
+    /// A consumer of `group` with `[consumer]`, `[retry]` and `[retention]`, whose handlers enqueue into `outbox`.
     pub fn new_consumer(
         &self,
         outbox: &Outbox,
@@ -208,6 +217,7 @@ impl Settings {
             .outbox(outbox)
             .settings(self.consumer.clone())
             .retry(self.retry.clone())
+            .retention(self.retention.clone())
     }
 }
 
@@ -219,6 +229,7 @@ impl fmt::Debug for Settings {
             .field("relay", &self.relay)
             .field("consumer", &self.consumer)
             .field("retry", &self.retry)
+            .field("retention", &self.retention)
             .field("outbox", &self.outbox)
             .field("types", &self.types)
             .field("topics", &self.topics)

@@ -11,12 +11,16 @@ use super::{
     settings::{DestinationSettings, OutboxSettings, TopicSettings, TypeSettings, Unrouted},
 };
 use crate::{
-    consumer::ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings, window,
+    consumer::ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings,
+    retention::RetentionSettings, window,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
+const HOUR: Duration = Duration::from_secs(60 * 60);
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+/// As durations are written: of 365.25 days.
+const YEAR: Duration = Duration::from_secs(31_557_600);
 
 /// `[relay]`.
 #[derive(Deserialize)]
@@ -114,6 +118,8 @@ pub(super) struct ConsumerTable {
     deferred_per_key: u64,
     #[serde(with = "humantime_serde")]
     drain: Duration,
+    #[serde(with = "humantime_serde")]
+    remember: Duration,
 }
 
 impl Default for ConsumerTable {
@@ -126,6 +132,7 @@ impl Default for ConsumerTable {
             deferred,
             deferred_per_key,
             drain,
+            remember,
         } = ConsumerSettings::default();
         Self {
             lease: lease.term(),
@@ -135,6 +142,7 @@ impl Default for ConsumerTable {
             deferred,
             deferred_per_key,
             drain,
+            remember,
         }
     }
 }
@@ -154,6 +162,8 @@ impl ConsumerTable {
             deferred: within("deferred", self.deferred, 1, 1_000_000)?,
             deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
             drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,
+            // The ring of the inbox turns in 48 h, and six of them belong to the present.
+            remember: lasting("remember", self.remember, HOUR, 36 * HOUR)?,
         })
     }
 }
@@ -196,6 +206,66 @@ impl RetryTable {
             jitter: within("jitter", self.jitter, 0.0, 1.0)?,
         })
     }
+}
+
+/// `[retention]`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RetentionTable {
+    #[serde(with = "humantime_serde")]
+    log: Duration,
+    #[serde(with = "humantime_serde")]
+    dead_letters: Duration,
+    dead_letters_max: u64,
+    #[serde(with = "humantime_serde")]
+    interval: Duration,
+}
+
+impl Default for RetentionTable {
+    fn default() -> Self {
+        let RetentionSettings {
+            log,
+            dead_letters,
+            dead_letters_max,
+            interval,
+        } = RetentionSettings::default();
+        Self {
+            log,
+            dead_letters,
+            dead_letters_max,
+            interval,
+        }
+    }
+}
+
+impl RetentionTable {
+    pub(super) fn build(self) -> Result<RetentionSettings, Wrong> {
+        Ok(RetentionSettings {
+            log: lasting("log", self.log, MINUTE, 30 * DAY)?,
+            dead_letters: lasting("dead_letters", self.dead_letters, HOUR, 10 * YEAR)?,
+            dead_letters_max: within("dead_letters_max", self.dead_letters_max, 1, 10_000_000)?,
+            // The inbox's clocks go by what each look finds: less often than once a minute would slow them.
+            interval: lasting("interval", self.interval, Duration::from_secs(1), MINUTE)?,
+        })
+    }
+}
+
+/// Events that are retried must be remembered until they are through.
+pub(super) fn outlasts(consumer: &ConsumerSettings, retry: &Retry) -> Result<(), Wrong> {
+    let waits: Duration = retry.delays.iter().sum();
+    let longest = waits.mul_f64(1.0 + retry.jitter);
+    if consumer.remember > longest {
+        return Ok(());
+    }
+    let expected = format!(
+        "more than all waits of [retry] delays together, {}",
+        format_duration(Duration::from_secs(longest.as_secs()))
+    );
+    Err(Wrong::new(
+        "remember",
+        format_duration(consumer.remember),
+        expected,
+    ))
 }
 
 /// `[outbox]`.

@@ -37,6 +37,7 @@ use crate::{
     failure::Retry,
     lease::LeaseTerm,
     outbox::Outbox,
+    retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
 };
@@ -61,6 +62,10 @@ pub struct ConsumerSettings {
     pub deferred_per_key: u64,
     /// How long a stop waits for the transaction under way. Defaults to 25 s.
     pub drain: Duration,
+    /// How long the inbox remembers an event, in running time of its source (a gap between arrivals counts 60 s at most):
+    /// an event that comes again later is applied again. Must outlast the retries and what the broker redelivers. At
+    /// most 36 h, for the inbox is a ring of two days. Defaults to 24 h.
+    pub remember: Duration,
 }
 
 impl Default for ConsumerSettings {
@@ -73,6 +78,7 @@ impl Default for ConsumerSettings {
             deferred: 10_000,
             deferred_per_key: 1_000,
             drain: Duration::from_secs(25),
+            remember: Duration::from_secs(24 * 3_600),
         }
     }
 }
@@ -112,6 +118,7 @@ struct Core {
     outbox: Outbox,
     settings: Arc<ConsumerSettings>,
     retry: Arc<Retry>,
+    retention: Arc<RetentionSettings>,
     report: Report,
     /// A line was made, or grew: the pump looks.
     deferred: Arc<Notify>,
@@ -153,6 +160,7 @@ impl Consumer {
             outbox: Outbox::new(database.clone()),
             settings: Arc::default(),
             retry: Arc::default(),
+            retention: Arc::default(),
             report: Report::new().0,
             deferred: Arc::default(),
             turns: Arc::new(Semaphore::new(database.store().writers())),
@@ -214,7 +222,7 @@ impl Consumer {
 
     /// Events that handlers enqueue are seen at once by the relays of this outbox.
     pub fn outbox(mut self, outbox: &Outbox) -> Self {
-        self.core.outbox = outbox.clone();
+        self.core.outbox = outbox.clone().refusing_nothing();
         self
     }
 
@@ -227,6 +235,12 @@ impl Consumer {
     /// With another retry schedule.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.core.retry = Arc::new(retry);
+        self
+    }
+
+    /// With another retention of consumers' dead letters; how long the inbox remembers is among the [`ConsumerSettings`].
+    pub fn retention(mut self, retention: RetentionSettings) -> Self {
+        self.core.retention = Arc::new(retention);
         self
     }
 
@@ -339,6 +353,7 @@ impl Consumer {
             tasks.spawn(task(source::run(self.core.clone(), source, stop.clone())));
         }
         tasks.spawn(task(pump::run(self.core.clone(), stop.clone())));
+        tasks.spawn(task(self.core.cleaner().run(stop.clone())));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {
@@ -377,6 +392,16 @@ impl Core {
     fn has_effects(&self) -> bool {
         let mut ways = self.types.values().flat_map(|t| t.versions.values());
         ways.any(|way| matches!(way, Way::Effect(_)))
+    }
+
+    fn cleaner(&self) -> Cleaner {
+        Cleaner {
+            store: self.store.clone(),
+            scope: Scope::Inbox(self.settings.remember),
+            term: self.settings.lease,
+            settings: self.retention.clone(),
+            report: self.report.clone(),
+        }
     }
 
     /// One line at each change of state, none for each try.

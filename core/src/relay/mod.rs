@@ -16,6 +16,7 @@ use crate::{
     failure::Retry,
     lease::LeaseTerm,
     outbox::Outbox,
+    retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
     wake::Wake,
@@ -102,6 +103,7 @@ struct Core {
     accept_unrouted: Arc<HashSet<String>>,
     settings: Arc<RelaySettings>,
     retry: Arc<Retry>,
+    retention: Arc<RetentionSettings>,
     report: Report,
 }
 
@@ -119,6 +121,7 @@ impl Relay {
             accept_unrouted: Arc::default(),
             settings: Arc::default(),
             retry: Arc::default(),
+            retention: Arc::default(),
             report: Report::new().0,
         };
         Self { core }
@@ -151,6 +154,12 @@ impl Relay {
     /// With another retry schedule.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.core.retry = Arc::new(retry);
+        self
+    }
+
+    /// With another retention of the log and of relays' dead letters.
+    pub fn retention(mut self, retention: RetentionSettings) -> Self {
+        self.core.retention = Arc::new(retention);
         self
     }
 
@@ -201,6 +210,7 @@ impl Relay {
         for partition in 0..partitions {
             tasks.spawn(task(partition::run(core.clone(), partition, stop.clone())));
         }
+        tasks.spawn(task(core.cleaner().run(stop.clone())));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {
@@ -220,6 +230,16 @@ impl Relay {
 }
 
 impl Core {
+    fn cleaner(&self) -> Cleaner {
+        Cleaner {
+            store: self.store.clone(),
+            scope: Scope::Log,
+            term: self.settings.lease,
+            settings: self.retention.clone(),
+            report: self.report.clone(),
+        }
+    }
+
     /// One line at each change of state, none for each try.
     fn waits(&self, what: &str, trouble: &str) {
         if self.report.trouble(what, trouble) {

@@ -254,6 +254,7 @@ impl ConsumerPlan {
                 deferred: [2, 8, 1_000][chance.below(3)],
                 deferred_per_key: [1, 3, 1_000][chance.below(3)],
                 drain: chance.millis(0..=1_000),
+                ..ConsumerSettings::default()
             },
             tempers,
             repeats,

@@ -1,6 +1,6 @@
 //! The model database as the engine's store.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
@@ -11,13 +11,14 @@ use super::{
     world::{Inner, World},
 };
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::Result,
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Standing, Store, Unit, Waiting},
+    store::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 
 /// One process's way to the database.
@@ -251,6 +252,10 @@ impl Store for ModelStore {
         .await
     }
 
+    async fn backlog(&self) -> Result<Backlog> {
+        Ok(Backlog::default())
+    }
+
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {
         unit::begin(&self.world, self.process, group, term, durable).await
     }
@@ -296,6 +301,24 @@ impl Store for ModelStore {
             Ok(())
         })
         .await
+    }
+
+    async fn clean_log(&self, _lease: &Lease, _keep: Duration) -> Result<Cleaned> {
+        Ok(Cleaned::default())
+    }
+
+    async fn clean_inbox(&self, _lease: &Lease, _remember: Duration) -> Result<Cleaned> {
+        Ok(Cleaned::default())
+    }
+
+    async fn trim_dead_letters(
+        &self,
+        _lease: &Lease,
+        _side: Side,
+        _keep: Duration,
+        _most: u64,
+    ) -> Result<Vec<Trimmed>> {
+        Ok(Vec::new())
     }
 }
 

@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use pillarbox_transport::Message;
 
 use crate::{
+    backpressure::Backlog,
     connection::{Connection, Pool},
     cursor::Progress,
     error::Result,
@@ -26,7 +27,7 @@ pub(crate) mod sqlite;
 /// The program's number for the schema's "oldest program that may use it".
 pub const PROGRAM: i32 = 1;
 /// The schema version that this program makes.
-pub const SCHEMA_VERSION: i32 = 1;
+pub const SCHEMA_VERSION: i32 = 2;
 
 /// A database of outbox, cursors, leases, exceptions and inbox.
 #[async_trait]
@@ -106,6 +107,9 @@ pub trait Store: Send + Sync + 'static {
     /// transaction, and so a hint alone.
     async fn standing(&self, group: &str, messages: &[&Message]) -> Result<Vec<Standing>>;
 
+    /// How far the destinations are behind: the one that is farthest.
+    async fn backlog(&self) -> Result<Backlog>;
+
     /// A consumer's transaction: READ COMMITTED, bounded below the lease, durable at COMMIT where `durable`.
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>>;
 
@@ -125,6 +129,48 @@ pub trait Store: Send + Sync + 'static {
 
     /// Notes that the broker has these copies.
     async fn copied(&self, lease: &Lease, ids: &[LineId]) -> Result<()>;
+
+    /// One bounded step of emptying the log of what every destination is done with and what is older than `keep`. Never
+    /// what is not settled, and nothing while a destination lacks a cursor. No writer waits for it longer than 50 ms.
+    async fn clean_log(&self, lease: &Lease, keep: Duration) -> Result<Cleaned>;
+
+    /// One bounded step of forgetting in the inbox: moves the clocks of the sources by what has arrived, and forgets the
+    /// events of each source behind which it has been running for `remember`.
+    async fn clean_inbox(&self, lease: &Lease, remember: Duration) -> Result<Cleaned>;
+
+    /// One bounded step of removing dead letters of a side: those older than `keep`, and in each scope the oldest beyond
+    /// `most`. Empty when there is nothing more to remove.
+    async fn trim_dead_letters(
+        &self,
+        lease: &Lease,
+        side: Side,
+        keep: Duration,
+        most: u64,
+    ) -> Result<Vec<Trimmed>>;
+}
+
+/// What a step of cleaning did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Cleaned {
+    /// Rows that were deleted, or slots that were emptied.
+    pub removed: u64,
+    /// Another step would go on.
+    pub more: bool,
+    /// What could not be cleaned because of something that passes, or that a person must mend: of what, and why.
+    pub held: Vec<(String, &'static str)>,
+}
+
+/// Dead letters that were removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trimmed {
+    /// Of which destination or group.
+    pub scope: String,
+    /// For their number; else for their age.
+    pub too_many: bool,
+    /// How many.
+    pub removed: u64,
+    /// Of these, how many the broker has no copy of, where it was to get one.
+    pub uncopied: u64,
 }
 
 /// What [`Store::read`] found.

@@ -3,6 +3,7 @@
 mod crash;
 mod fences;
 mod log;
+mod retention;
 mod standby;
 mod stress;
 mod traps;
@@ -86,7 +87,14 @@ pub(crate) fn pool(database: &Database) -> PgPool {
 
 fn tables(sql: &str) -> AssertSqlSafe<String> {
     let mut sql = sql.to_owned();
-    for table in ["outbox", "cursor", "deferred", "dead_letter", "inbox"] {
+    for table in [
+        "outbox",
+        "cursor",
+        "deferred",
+        "dead_letter",
+        "inbox",
+        "inbox_clock",
+    ] {
         sql = sql.replace(&format!("{{{table}}}"), &format!("{SCHEMA}.{table}"));
     }
     AssertSqlSafe(sql)
@@ -130,6 +138,61 @@ impl Bench for Db {
         )
         .await
     }
+
+    async fn age_log(&self) {
+        // Out of the slot of the present and the next one.
+        self.execute(
+            "UPDATE {outbox} SET slot = ((extract(epoch FROM clock_timestamp())::bigint / 1800 + 2) % 4)::smallint",
+        )
+        .await;
+    }
+
+    async fn short_slots(&self) {
+        self.execute(
+            "UPDATE pillarbox.installation SET slot_seconds = 1; \
+             ALTER TABLE {outbox} ALTER slot SET DEFAULT (extract(epoch FROM clock_timestamp())::bigint % 4)::smallint",
+        )
+        .await;
+    }
+
+    async fn log_bytes(&self) -> i64 {
+        self.number(
+            "SELECT sum(pg_total_relation_size('pillarbox.outbox_' || n))::bigint FROM generate_series(0, 3) n",
+        )
+        .await
+    }
+
+    async fn write_impatiently(&self, events: usize) -> usize {
+        let mut writer = impatient(self).await;
+        let mut written = 0;
+        while written < events {
+            let some = "INSERT INTO {outbox} (topic, type, key, payload) \
+                        SELECT 't', 'a', 'k' || i, convert_to(repeat('x', 300), 'UTF8') FROM generate_series(1, 5) i";
+            run(&mut writer, some).await;
+            written += 5;
+        }
+        written
+    }
+
+    async fn pass(&self, seconds: i64) {
+        let mut all = String::new();
+        for (table, column) in [
+            ("{inbox}", "arrived"),
+            ("pillarbox.inbox_timeless", "arrived"),
+            ("{inbox_clock}", "at"),
+        ] {
+            all +=
+                &format!("UPDATE {table} SET {column} = {column} - {seconds} * interval '1 s'; ");
+        }
+        self.execute(&all).await;
+    }
+}
+
+/// A writer that waits for no lock longer than 50 ms.
+pub(crate) async fn impatient(db: &Db) -> PgConnection {
+    let mut writer = db.raw().await;
+    run(&mut writer, "SET lock_timeout = '50ms'").await;
+    writer
 }
 
 suite::exercise!(Db::new());

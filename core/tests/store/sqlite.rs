@@ -40,7 +40,14 @@ impl File {
 
 fn tables(sql: &str) -> AssertSqlSafe<String> {
     let mut sql = sql.to_owned();
-    for table in ["outbox", "cursor", "deferred", "dead_letter", "inbox"] {
+    for table in [
+        "outbox",
+        "cursor",
+        "deferred",
+        "dead_letter",
+        "inbox",
+        "inbox_clock",
+    ] {
         sql = sql.replace(&format!("{{{table}}}"), &format!("pillarbox_{table}"));
     }
     AssertSqlSafe(sql)
@@ -91,6 +98,35 @@ impl Bench for File {
         let open: i64 = checkpoint.fetch_one(&mut raw).await.unwrap_or(1);
         raw.close().await.unwrap();
         open
+    }
+
+    async fn age_log(&self) {}
+
+    async fn short_slots(&self) {}
+
+    async fn log_bytes(&self) -> i64 {
+        self.number("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+            .await
+    }
+
+    async fn write_impatiently(&self, events: usize) -> usize {
+        let mut writer = self.raw().await;
+        let one = "INSERT INTO {outbox} (topic, type, key, payload) VALUES ('t', 'a', 'k', zeroblob(300))";
+        for _ in 0..events {
+            sqlx::raw_sql(tables(one))
+                .execute(&mut writer)
+                .await
+                .unwrap();
+        }
+        events
+    }
+
+    async fn pass(&self, seconds: i64) {
+        let sql = format!(
+            "UPDATE {{inbox}} SET arrived = arrived - {seconds} * 1000000; \
+             UPDATE {{inbox_clock}} SET at = at - {seconds} * 1000000"
+        );
+        self.execute(&sql).await;
     }
 }
 

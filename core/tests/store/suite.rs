@@ -19,13 +19,16 @@ use pillarbox_core::{
 };
 use uuid::Uuid;
 
+pub(crate) mod backpressure;
 pub(crate) mod consumer;
 pub(crate) mod deferred;
 pub(crate) mod drops;
 pub(crate) mod fences;
+pub(crate) mod forgetting;
 pub(crate) mod inbox;
 pub(crate) mod leases;
 pub(crate) mod log;
+pub(crate) mod retention;
 pub(crate) mod schema;
 pub(crate) mod texts;
 
@@ -34,7 +37,8 @@ pub(crate) mod texts;
 pub(crate) trait Bench: Send + Sync {
     /// The database through a pool, and so a store, of its own on each call.
     async fn database(&self) -> Database;
-    /// Runs a statement. `{outbox}`, `{cursor}`, `{deferred}`, `{dead_letter}` and `{inbox}` stand for the tables.
+    /// Runs a statement. `{outbox}`, `{cursor}`, `{deferred}`, `{dead_letter}`, `{inbox}` and `{inbox_clock}` stand for the
+    /// tables.
     async fn execute(&self, sql: &str);
     /// One number.
     async fn number(&self, sql: &str) -> i64;
@@ -44,6 +48,17 @@ pub(crate) trait Bench: Send + Sync {
     async fn expire(&self, key: &LeaseKey, seconds: i64);
     /// How many transactions are open on the database.
     async fn open_transactions(&self) -> i64;
+    /// Moves the log's events to where they would lie had they been written an hour ago.
+    async fn age_log(&self);
+    /// Lets the log's ring turn in four seconds, where there is one.
+    async fn short_slots(&self);
+    /// What the log takes on the disk.
+    async fn log_bytes(&self) -> i64;
+    /// Writes so many events, some at a time, and answers how many; fails if a lock is waited for longer than 50 ms, where
+    /// writers can wait beside each other.
+    async fn write_impatiently(&self, events: usize) -> usize;
+    /// Moves everything that has arrived so many seconds into the past.
+    async fn pass(&self, seconds: i64);
 }
 
 /// A migrated database with one log partition.
@@ -280,6 +295,26 @@ macro_rules! exercise {
             drops::dropped_calls_do_no_harm,
             drops::a_dropped_write_still_comes_to_its_end,
             drops::dropped_units_do_no_harm,
+            retention::what_is_settled_goes_and_positions_grow_on,
+            retention::what_is_young_stays,
+            retention::what_is_not_settled_stays,
+            retention::every_destination_is_waited_for,
+            retention::nothing_is_settled_for_want_of_a_cursor,
+            retention::one_cleaner_works,
+            retention::a_long_log_goes_step_by_step,
+            retention::dead_letters_go_by_age_and_number,
+            forgetting::a_dead_letter_waits_for_its_copy,
+            forgetting::a_source_is_remembered_for_its_running_time,
+            forgetting::a_stop_of_days_forgets_nothing,
+            forgetting::a_silent_source_outlasts_those_that_run,
+            forgetting::an_event_without_time_is_forgotten_too,
+            forgetting::a_clock_set_back_forgets_nothing,
+            forgetting::an_inbox_does_not_grow,
+            retention::a_relay_cleans_beside_its_work,
+            forgetting::a_consumer_cleans_beside_its_work,
+            backpressure::the_backlog_is_what_is_not_settled,
+            backpressure::an_outbox_refuses_beyond_what_it_was_told,
+            retention::a_log_under_load_does_not_grow,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,

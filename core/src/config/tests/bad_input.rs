@@ -217,6 +217,23 @@ fn a_value_out_of_range_says_the_range() {
             "found 0, expected 1 to 1000000",
         ),
         ("consumer.drain", "'1h'", "found 1h, expected 1ms to 10m"),
+        (
+            "consumer.remember",
+            "'37h'",
+            "found 1day 13h, expected 1h to 1day 12h",
+        ),
+        ("retention.log", "'59s'", "found 59s, expected 1m to 30days"),
+        (
+            "retention.dead_letters",
+            "'1m'",
+            "found 1m, expected 1h to 10years",
+        ),
+        (
+            "retention.dead_letters_max",
+            "0",
+            "found 0, expected 1 to 10000000",
+        ),
+        ("retention.interval", "'2m'", "found 2m, expected 1s to 1m"),
         ("retry.jitter", "1.5", "found 1.5, expected 0 to 1"),
         ("retry.jitter", "nan", "found NaN, expected 0 to 1"),
         ("retry.delays", "['0s']", "found 0s, expected 1ms to 1day"),
@@ -264,6 +281,14 @@ fn a_value_out_of_range_says_the_range() {
             &format!("shop.toml, line 1: {key}: {range}"),
         );
     }
+}
+
+#[test]
+fn an_inbox_that_forgets_before_the_last_retry_is_refused() {
+    says(
+        "[consumer]\nremember = '1h'\n[retry]\ndelays = ['59m', '2m']\njitter = 0.0",
+        "shop.toml, line 2: consumer.remember: found 1h, expected more than all waits of [retry] delays together, 1h 1m",
+    );
 }
 
 #[test]

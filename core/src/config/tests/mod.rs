@@ -31,6 +31,7 @@ fn nothing_said_means_the_defaults() {
     assert_eq!(settings.relay, crate::RelaySettings::default());
     assert_eq!(settings.consumer, crate::ConsumerSettings::default());
     assert_eq!(settings.retry, crate::failure::Retry::default());
+    assert_eq!(settings.retention, crate::RetentionSettings::default());
     assert_eq!(settings.outbox, OutboxSettings::default());
     assert_eq!(settings.store.schema, "pillarbox");
 }
@@ -45,6 +46,10 @@ fn every_table_reaches_its_settings() {
         held_bytes = 1_048_576
         [consumer]
         batch = 3
+        remember = "2h"
+        [retention]
+        log = "7d"
+        dead_letters_max = 9
         [retry]
         delays = ["1s", "1m 30s"]
         jitter = 0
@@ -65,6 +70,9 @@ fn every_table_reaches_its_settings() {
     assert_eq!(settings.relay.window.in_flight, 7);
     assert_eq!(settings.relay.window.bytes, 1 << 20);
     assert_eq!(settings.consumer.batch, 3);
+    assert_eq!(settings.consumer.remember, Duration::from_secs(7_200));
+    assert_eq!(settings.retention.log, Duration::from_secs(7 * 86_400));
+    assert_eq!(settings.retention.dead_letters_max, 9);
     assert_eq!(settings.retry.delays, [1, 90].map(Duration::from_secs));
     assert_eq!(settings.retry.jitter, 0.0);
     assert_eq!(settings.outbox.source.as_deref(), Some("inventory-service"));

@@ -9,7 +9,8 @@ use serde::Deserialize;
 use super::super::{
     store::StoreTable,
     tables::{
-        ConsumerTable, DestinationTable, OutboxTable, RelayTable, RetryTable, TopicTable, TypeTable,
+        ConsumerTable, DestinationTable, OutboxTable, RelayTable, RetentionTable, RetryTable,
+        TopicTable, TypeTable,
     },
 };
 use crate::config::{Config, DestinationSettings, OutboxSettings, TABLES, Unrouted};
@@ -26,6 +27,7 @@ fn what_it_says_is_what_holds() {
     assert_eq!(said.relay, held.relay);
     assert_eq!(said.consumer, held.consumer);
     assert_eq!(said.retry, held.retry);
+    assert_eq!(said.retention, held.retention);
     assert_eq!(said.outbox, OutboxSettings::default());
     assert_eq!(format!("{:?}", said.store), format!("{:?}", held.store));
     assert_eq!(
@@ -53,6 +55,7 @@ fn it_names_every_field_and_no_other() {
         ("[relay]", fields::<RelayTable>()),
         ("[consumer]", fields::<ConsumerTable>()),
         ("[retry]", fields::<RetryTable>()),
+        ("[retention]", fields::<RetentionTable>()),
         ("[outbox]", fields::<OutboxTable>()),
         ("[types.\"orders.order.created\"]", fields::<TypeTable>()),
         ("[topics.\"orders.events\"]", fields::<TopicTable>()),

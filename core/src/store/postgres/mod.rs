@@ -7,11 +7,12 @@ mod engine;
 mod failure;
 mod lease;
 mod log;
+mod retention;
 mod row;
 mod schema;
 mod unit;
 
-use std::{future::Future, sync::Arc};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use pillarbox_transport::Message;
@@ -21,8 +22,9 @@ use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Gate, Slice, Standing, Store, Unit, Waiting};
+use super::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting};
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::Result,
@@ -42,6 +44,7 @@ struct Inner {
     log: log::Statements,
     failure: failure::Statements,
     unit: unit::Statements,
+    retention: retention::Statements,
 }
 
 impl Postgres {
@@ -55,6 +58,7 @@ impl Postgres {
             log: log::Statements::new(schema),
             failure: failure::Statements::new(schema),
             unit: unit::Statements::new(schema),
+            retention: retention::Statements::new(schema),
         }))
     }
 
@@ -202,6 +206,12 @@ impl Store for Postgres {
         self.held("look at events", work).await
     }
 
+    async fn backlog(&self) -> Result<Backlog> {
+        let inner = self.inner();
+        let work = async move { inner.backlog().await };
+        to_its_end("look at the backlog", DEADLINE, work).await
+    }
+
     async fn begin(&self, group: &str, term: LeaseTerm, durable: bool) -> Result<Box<dyn Unit>> {
         let (inner, group) = (self.inner(), group.to_owned());
         let work = async move { Work::begin(inner, &group, term, durable).await };
@@ -230,5 +240,29 @@ impl Store for Postgres {
             async move { inner.copied(&lease, &ids).await },
         )
         .await
+    }
+
+    async fn clean_log(&self, lease: &Lease, keep: Duration) -> Result<Cleaned> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.clean_log(&lease, keep).await };
+        to_its_end("clean the log", retention::DEADLINE, work).await
+    }
+
+    async fn clean_inbox(&self, lease: &Lease, remember: Duration) -> Result<Cleaned> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.clean_inbox(&lease, remember).await };
+        to_its_end("clean the inbox", retention::DEADLINE, work).await
+    }
+
+    async fn trim_dead_letters(
+        &self,
+        lease: &Lease,
+        side: Side,
+        keep: Duration,
+        most: u64,
+    ) -> Result<Vec<Trimmed>> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.trim_dead_letters(&lease, side, keep, most).await };
+        to_its_end("trim dead letters", retention::DEADLINE, work).await
     }
 }

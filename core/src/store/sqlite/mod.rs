@@ -7,22 +7,26 @@ mod failure;
 mod lease;
 mod log;
 mod pool;
+mod retention;
 mod row;
 mod schema;
 mod unit;
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
+    backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
     error::Result,
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Standing, Store, Unit, Waiting},
+    store::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -201,6 +205,10 @@ impl Store for Sqlite {
         unit::standing(&self.engine, group, messages).await
     }
 
+    async fn backlog(&self) -> Result<Backlog> {
+        retention::backlog(&self.engine).await
+    }
+
     async fn begin(&self, group: &str, term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {
         let tx = self
             .engine
@@ -227,5 +235,23 @@ impl Store for Sqlite {
                 })
             })
             .await
+    }
+
+    async fn clean_log(&self, lease: &Lease, keep: Duration) -> Result<Cleaned> {
+        retention::clean_log(&self.engine, lease, keep).await
+    }
+
+    async fn clean_inbox(&self, lease: &Lease, remember: Duration) -> Result<Cleaned> {
+        retention::clean_inbox(&self.engine, lease, remember).await
+    }
+
+    async fn trim_dead_letters(
+        &self,
+        lease: &Lease,
+        side: Side,
+        keep: Duration,
+        most: u64,
+    ) -> Result<Vec<Trimmed>> {
+        retention::trim_dead_letters(&self.engine, lease, side, keep, most).await
     }
 }

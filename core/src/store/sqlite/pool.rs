@@ -51,7 +51,7 @@ impl Names {
     /// The tables are not there.
     pub(super) fn not_migrated(&self, operation: &'static str) -> Error {
         let text = format!(
-            "the tables {}* are not in this database: call pillarbox::migrate once at start",
+            "the tables {}* are not in this database or not complete: call pillarbox::migrate once at start",
             self.prefix
         );
         Error::new(Kind::NotMigrated, operation, text)

@@ -7,12 +7,12 @@ use crate::{
 
 use super::pool::{Engine, Transaction};
 
-const TABLES: &str = include_str!("schema.sql");
+/// The steps from each version to the next. A step only adds to what is there, and changes nothing when it runs again.
+const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("retention.sql")];
 const OPERATION: &str = "open schema";
 
 /// Makes what is missing. Its transaction holds the writer's lock, so that others who do the same wait.
 pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
-    let tables = tx.names().sql(TABLES);
     let known = tx.names().table("installation");
     let exists: bool = sqlx::query_scalar(
         "SELECT count(*) > 0 FROM sqlite_master WHERE type = 'table' AND name = ?",
@@ -34,10 +34,13 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
             return Ok(());
         }
     }
-    sqlx::raw_sql(tables)
-        .execute(tx.connection())
-        .await
-        .map_err(|e| tx.failed(e))?;
+    for step in STEPS {
+        let step = tx.names().sql(step);
+        sqlx::raw_sql(step)
+            .execute(tx.connection())
+            .await
+            .map_err(|e| tx.failed(e))?;
+    }
     let row = tx.names().sql(
         "INSERT INTO {p}installation (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
          ON CONFLICT (one) DO UPDATE SET version = excluded.version, oldest_program = excluded.oldest_program",
@@ -56,13 +59,16 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
 pub(super) async fn partitions(engine: &Engine) -> Result<u16> {
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
-    let query = names.sql("SELECT oldest_program, partitions FROM {p}installation");
-    let row: Option<(i32, u16)> = sqlx::query_as(query)
+    let query = names.sql("SELECT version, oldest_program, partitions FROM {p}installation");
+    let row: Option<(i32, i32, u16)> = sqlx::query_as(query)
         .fetch_optional(&mut *reader)
         .await
         .map_err(|e| names.failed(OPERATION, e))?;
-    let (oldest, partitions) = row.ok_or_else(|| names.not_migrated(OPERATION))?;
+    let (version, oldest, partitions) = row.ok_or_else(|| names.not_migrated(OPERATION))?;
     allow(OPERATION, oldest)?;
+    if version < SCHEMA_VERSION {
+        return Err(names.not_migrated(OPERATION));
+    }
     Ok(partitions)
 }
 

@@ -1,13 +1,15 @@
 //! Who writes to the log, in any language, and with which rights; and the schema they find.
 
 use pillarbox_core::{
-    Database, Kind, Pool, cursor::Progress, migrate, migrate_with, store::Store, transport::Message,
+    Database, Kind, Pool, cursor::Progress, failure::Side, migrate, migrate_with, store::Store,
+    transport::Message,
 };
 use sqlx::{ConnectOptions as _, PgConnection};
 
 use super::{Db, names, number, pool, refused, run, text};
 use crate::suite::{
     Bench, GROUP, acquire, deferral, drain, enqueue, group, ids, line_id, message, pump, relay,
+    retention::{NONE, cleaner},
     term,
 };
 
@@ -132,12 +134,18 @@ async fn the_engine_owns_nothing() {
     let Some(db) = Db::new().await else { return };
     migrate_with(&db.database().await, 2).await.unwrap();
     let role = format!("engine_{}", uuid::Uuid::now_v7().simple());
+    // Emptying a slot is all that a cleaner may do to the log.
+    let children = (0..4).map(|n| format!("pillarbox.outbox_{n}"));
+    let children = children.chain((0..8).map(|n| format!("pillarbox.inbox_{n}")));
+    let children = children.collect::<Vec<_>>().join(", ");
     db.execute(&format!(
         "CREATE ROLE {role} LOGIN PASSWORD 'w'; GRANT USAGE ON SCHEMA pillarbox TO {role}; \
          GRANT SELECT ON ALL TABLES IN SCHEMA pillarbox TO {role}; GRANT INSERT ON {{outbox}} TO {role}; \
          GRANT INSERT, UPDATE ON pillarbox.cursor, pillarbox.source_cursor, pillarbox.lease, \
            {{inbox}}, pillarbox.inbox_timeless TO {role}; \
-         GRANT INSERT, UPDATE, DELETE ON pillarbox.token, {{deferred}}, {{dead_letter}} TO {role}"
+         GRANT INSERT, UPDATE, DELETE ON pillarbox.token, {{deferred}}, {{dead_letter}}, {{inbox_clock}}, \
+           pillarbox.inbox_timeless TO {role}; \
+         GRANT TRUNCATE ON {children} TO {role}"
     ))
     .await;
     let theirs = super::over(db.options().username(&role).password("w"));
@@ -250,6 +258,13 @@ async fn every_statement(database: &Database) {
     assert_eq!(store.uncopied(GROUP, 5).await.unwrap().len(), 1);
     store.copied(&lease, &[line_id(&event)]).await.unwrap();
     assert_eq!(store.uncopied(GROUP, 5).await.unwrap().len(), 0);
+
+    let lease = acquire(store, &cleaner("log")).await.lease;
+    store.clean_log(&lease, NONE).await.unwrap();
+    let lease = acquire(store, &cleaner("inbox")).await.lease;
+    store.clean_inbox(&lease, NONE).await.unwrap();
+    let trims = store.trim_dead_letters(&lease, Side::Consumer, NONE, 0);
+    assert_eq!(trims.await.unwrap().len(), 1);
 }
 
 /// Eight programs start at once, each with an opinion of its own; one wins and all agree.
