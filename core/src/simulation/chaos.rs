@@ -16,6 +16,7 @@ use crate::{Database, Outbox, Relay, Running};
 
 /// A relay, as one process.
 struct Instance {
+    number: usize,
     process: Arc<Process>,
     running: Option<Running>,
     /// When it starts again, if it is down; when it goes on, if it stands still.
@@ -78,6 +79,7 @@ impl Relays {
         }
         let running = process.enter(|| relay.spawn());
         Instance {
+            number,
             process,
             running: Some(running),
             back: None,
@@ -189,6 +191,8 @@ impl Relays {
         let frozen = std::mem::take(&mut instance.frozen);
         if at_once {
             running.abort();
+            let number = instance.number;
+            self.world.with(|w| w.checks.crashed.insert(number));
             return;
         }
         if frozen {

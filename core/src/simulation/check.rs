@@ -33,6 +33,8 @@ pub(super) struct Checks {
     owners: BTreeMap<u16, usize>,
     /// Owners since all was healed: they stop in order, and give back.
     orderly: BTreeSet<Uuid>,
+    /// Processes that are no more: a call of theirs may still be on its way.
+    pub(super) crashed: BTreeSet<usize>,
 }
 
 /// Messages that were sent and whose outcome is not heard yet.
@@ -68,7 +70,7 @@ impl Inner {
         if let LeaseKey::Relay { partition, .. } = &lease.key {
             self.checks.owners.insert(*partition, process);
         }
-        if self.healed {
+        if self.healed && !self.checks.crashed.contains(&process) {
             self.checks.orderly.insert(lease.owner);
         }
     }
