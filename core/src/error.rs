@@ -23,6 +23,8 @@ pub enum Kind {
     Invalid,
     /// An event is larger than a limit; nothing was written.
     TooLarge,
+    /// What a command names is not there; nothing was written.
+    NotFound,
     /// The configuration is wrong.
     Configuration,
     /// The broker; see the source.

@@ -1,5 +1,6 @@
 //! The engine of Pillarbox. Use it through the package `pillarbox`.
 
+pub mod admin;
 mod backoff;
 pub mod config;
 pub mod connection;
@@ -21,12 +22,13 @@ pub mod store;
 mod wake;
 pub mod window;
 
+pub use admin::Admin;
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Failure, Handler};
 pub use error::{Error, Kind, Result};
 pub use event::{Event, Key};
-pub use outbox::{InTransaction, Insert, Outbox, Param};
+pub use outbox::{InTransaction, Insert, Outbox, Param, Scheduled};
 pub use pillarbox_transport as transport;
 pub use relay::{Relay, RelaySettings};
 pub use running::{Health, Running};

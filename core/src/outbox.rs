@@ -1,6 +1,9 @@
 //! Where an event's way begins: one INSERT in the application's own transaction.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use pillarbox_transport::{Limits, Message};
 use serde::Serialize;
@@ -40,8 +43,23 @@ pub struct Outbox {
     wake: Wake,
 }
 
+/// An event that is sent at a time of its own: what [`Outbox::cancel`] needs. Keep both to cancel it later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheduled {
+    /// The event's id.
+    pub id: Uuid,
+    /// Not before this time, by the database's clock; in whole microseconds.
+    pub at: SystemTime,
+}
+
+/// How far ahead an event may be scheduled: ten years.
+const FARTHEST: Duration = Duration::from_secs(315_360_000);
+
 struct Statements {
     one: String,
+    at: String,
+    lock: Option<&'static str>,
+    cancel: String,
     #[cfg(feature = "postgres")]
     many: String,
 }
@@ -113,6 +131,73 @@ impl Outbox {
         Ok(ids)
     }
 
+    /// Writes one event that is not sent before `at` (by the database's clock; at most ten years ahead; one that has passed
+    /// is sent at once).
+    ///
+    /// It takes its place in its key's order when its time comes: behind what is being sent or waits then, before what is
+    /// committed later. Until then it holds nothing back. Within about a second, and later while the relay or the broker is away.
+    ///
+    /// ```no_run
+    /// # use std::time::{Duration, SystemTime};
+    /// # use pillarbox_core::{Event, Outbox};
+    /// # #[derive(serde::Serialize)] struct Remind { order: u32 }
+    /// # impl Event for Remind { const TYPE: &'static str = "shop.order.remind"; const TOPIC: &'static str = "shop.events"; }
+    /// # async fn f(outbox: Outbox, pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut tx = pool.begin().await?;
+    /// let tomorrow = SystemTime::now() + Duration::from_secs(24 * 3600);
+    /// let reminder = outbox.enqueue_at(&mut tx, &Remind { order: 7 }, tomorrow).await?;
+    /// tx.commit().await?;
+    /// // … the order was paid …
+    /// let mut tx = pool.begin().await?;
+    /// let is_cancelled = outbox.cancel(&mut tx, &reminder).await?;
+    /// tx.commit().await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`].
+    pub async fn enqueue_at<E: Event + Serialize>(
+        &self,
+        tx: impl InTransaction,
+        event: &E,
+        at: SystemTime,
+    ) -> Result<Scheduled> {
+        let (id, message) = self.message(event)?;
+        let at = self.write_at(tx, &message, at).await?;
+        Ok(Scheduled { id, at })
+    }
+
+    /// Writes a message of any content that is not sent before `at`; as [`Outbox::enqueue_at`].
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`].
+    pub async fn enqueue_message_at(
+        &self,
+        tx: impl InTransaction,
+        message: Message,
+        at: SystemTime,
+    ) -> Result<Scheduled> {
+        let at = self.write_at(tx, &message, at).await?;
+        let id = Uuid::try_parse(&message.id).unwrap_or_default();
+        Ok(Scheduled { id, at })
+    }
+
+    /// Cancels an event before its time. True: once this transaction is committed, the event is never sent. False: its time
+    /// has come, and it is sent (or was). Nothing in between: while this transaction is open past the event's time, the event
+    /// waits for its end. May be repeated.
+    ///
+    /// The database's role needs the right to insert into the table `cancelled`. Works whether the relay has read the event or
+    /// not; one INSERT, and a lock that only the event's own delivery meets.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] without a transaction; the database's.
+    pub async fn cancel(&self, mut tx: impl InTransaction, event: &Scheduled) -> Result<bool> {
+        let mut connection = tx.connection();
+        in_transaction(&connection, "cancel")?;
+        let cancelled = self.statements.cancel(&mut connection, event).await;
+        Ok(cancelled.map_err(|e| self.failed("cancel", e))? > 0)
+    }
+
     /// Writes a message of any content. Its id must be a UUID; its time is the database's.
     ///
     /// # Errors
@@ -169,25 +254,43 @@ impl Outbox {
         Ok((id, message))
     }
 
+    async fn write_at(
+        &self,
+        mut tx: impl InTransaction,
+        message: &Message,
+        at: SystemTime,
+    ) -> Result<SystemTime> {
+        let ahead = at.duration_since(SystemTime::now()).unwrap_or_default();
+        if ahead > FARTHEST {
+            let text = "the event is to be sent more than ten years from now";
+            return Err(Error::new(Kind::Invalid, "enqueue", text));
+        }
+        let row = self.row(message)?;
+        let mut connection = tx.connection();
+        in_transaction(&connection, "enqueue")?;
+        let micros = micros(at);
+        let written = self.statements.run_at(&mut connection, row, micros).await;
+        written.map_err(|e| self.failed("enqueue", e))?;
+        self.wake.enqueued();
+        Ok(SystemTime::UNIX_EPOCH + Duration::from_micros(micros.unsigned_abs()))
+    }
+
     async fn write(&self, mut tx: impl InTransaction, messages: Vec<Message>) -> Result<()> {
         let rows = messages
             .iter()
             .map(|m| self.row(m))
             .collect::<Result<Vec<_>>>()?;
         let mut connection = tx.connection();
-        if !connection.is_in_transaction() {
-            let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
-            return Err(Error::new(Kind::Invalid, "enqueue", text));
-        }
+        in_transaction(&connection, "enqueue")?;
         self.statements
             .run(&mut connection, rows)
             .await
-            .map_err(|e| self.failed(e))?;
+            .map_err(|e| self.failed("enqueue", e))?;
         self.wake.enqueued();
         Ok(())
     }
 
-    fn failed(&self, e: sqlx::Error) -> Error {
+    fn failed(&self, operation: &'static str, e: sqlx::Error) -> Error {
         let state = sqlstate(&e);
         let missing = format!("no such table: {}_outbox", self.database.store().schema());
         let no_table = matches!(state.as_deref(), Some("42P01" | "3F000"))
@@ -196,9 +299,9 @@ impl Outbox {
         if no_table {
             let text =
                 "the outbox is not in this database: call pillarbox::migrate once at the start";
-            return Error::new(Kind::NotMigrated, "enqueue", text).caused_by(e);
+            return Error::new(Kind::NotMigrated, operation, text).caused_by(e);
         }
-        Error::database("enqueue", e)
+        Error::database(operation, e)
     }
 
     fn row(&self, message: &Message) -> Result<Row> {
@@ -248,6 +351,22 @@ impl std::fmt::Debug for Outbox {
             .field("database", &self.database)
             .finish_non_exhaustive()
     }
+}
+
+fn in_transaction(connection: &Connection<'_>, operation: &'static str) -> Result<()> {
+    if connection.is_in_transaction() {
+        return Ok(());
+    }
+    let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
+    Err(Error::new(Kind::Invalid, operation, text))
+}
+
+/// Whole microseconds since 1970, rounded up: never earlier than asked for. What lies before 1970 has long come.
+fn micros(at: SystemTime) -> i64 {
+    let after = at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(after.as_nanos().div_ceil(1_000)).unwrap_or(i64::MAX)
 }
 
 /// One row of the log, as the contract's columns.
@@ -327,6 +446,19 @@ impl Statements {
                     "INSERT INTO \"{schema}\".outbox ({COLUMNS}) VALUES ($1::text, $2::text, $3::text, $4::bytea, \
                      $5::text, $6::text::jsonb, $7::text::uuid, $8::bigint::int, $9::text::jsonb)"
                 ),
+                at: format!(
+                    "INSERT INTO \"{schema}\".outbox ({COLUMNS}, deliver_at) VALUES ($1::text, $2::text, $3::text, $4::bytea, \
+                     $5::text, $6::text::jsonb, $7::text::uuid, $8::bigint::int, $9::text::jsonb, \
+                     timestamptz 'epoch' + $10::bigint * interval '1 microsecond')"
+                ),
+                lock: Some(
+                    "SELECT pg_advisory_xact_lock(hashtextextended('pillarbox cancel ' || $1::text, 0))",
+                ),
+                cancel: format!(
+                    "INSERT INTO \"{schema}\".cancelled (id, deliver_at) SELECT $1::text, t.at \
+                     FROM (SELECT timestamptz 'epoch' + $2::bigint * interval '1 microsecond' AS at) t \
+                     WHERE t.at > clock_timestamp() ON CONFLICT (id) DO UPDATE SET deliver_at = excluded.deliver_at"
+                ),
                 // With ORDINALITY, because positions are drawn in the order of the rows.
                 many: format!(
                     "INSERT INTO \"{schema}\".outbox ({COLUMNS}) SELECT a, b, c, d, e, f::jsonb, g::uuid, h::int, i::jsonb \
@@ -337,6 +469,16 @@ impl Statements {
             _ => Self {
                 one: format!(
                     "INSERT INTO \"{schema}_outbox\" ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
+                ),
+                at: format!(
+                    "INSERT INTO \"{schema}_outbox\" ({COLUMNS}, deliver_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"
+                ),
+                lock: None,
+                // The clock of the engine's tables; see their schema.
+                cancel: format!(
+                    "INSERT INTO \"{schema}_cancelled\" (id, deliver_at) SELECT ?1, ?2 \
+                     WHERE ?2 > CAST(round((julianday('now') - 2440587.5) * 86400000) AS INTEGER) * 1000 \
+                     ON CONFLICT (id) DO UPDATE SET deliver_at = excluded.deliver_at"
                 ),
                 #[cfg(feature = "postgres")]
                 many: String::new(),
@@ -361,6 +503,48 @@ impl Statements {
                     bind!(query, row).execute(&mut **c).await?;
                 }
                 Ok(())
+            }
+        }
+    }
+
+    async fn run_at(&self, connection: &mut Connection<'_>, row: Row, at: i64) -> sqlx::Result<()> {
+        let sql = sqlx::AssertSqlSafe(self.at.as_str());
+        match connection {
+            #[cfg(feature = "postgres")]
+            Connection::Postgres(c) => {
+                let query = bind!(sqlx::query(sql), row).bind(at);
+                query.execute(&mut **c).await.map(drop)
+            }
+            #[cfg(feature = "sqlite")]
+            Connection::Sqlite(c) => {
+                let query = bind!(sqlx::query(sql), row).bind(at);
+                query.execute(&mut **c).await.map(drop)
+            }
+        }
+    }
+
+    /// Behind the lock, because the event's delivery takes it too, looks whether it is cancelled, and goes on.
+    async fn cancel(
+        &self,
+        connection: &mut Connection<'_>,
+        event: &Scheduled,
+    ) -> sqlx::Result<u64> {
+        let (id, at) = (event.id.to_string(), micros(event.at));
+        let sql = sqlx::AssertSqlSafe(self.cancel.as_str());
+        match connection {
+            #[cfg(feature = "postgres")]
+            Connection::Postgres(c) => {
+                if let Some(lock) = self.lock {
+                    let lock = sqlx::query(lock).bind(id.as_str());
+                    lock.execute(&mut **c).await?;
+                }
+                let done = sqlx::query(sql).bind(id).bind(at).execute(&mut **c).await?;
+                Ok(done.rows_affected())
+            }
+            #[cfg(feature = "sqlite")]
+            Connection::Sqlite(c) => {
+                let done = sqlx::query(sql).bind(id).bind(at).execute(&mut **c).await?;
+                Ok(done.rows_affected())
             }
         }
     }

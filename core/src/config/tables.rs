@@ -11,7 +11,11 @@ use super::{
     settings::{DestinationSettings, OutboxSettings, TopicSettings, TypeSettings, Unrouted},
 };
 use crate::{
-    consumer::ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings, window,
+    consumer::ConsumerSettings,
+    failure::{OnExhausted, Retry},
+    lease::LeaseTerm,
+    relay::RelaySettings,
+    window,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -38,6 +42,7 @@ pub(super) struct RelayTable {
     settle: Duration,
     deferred: u64,
     deferred_per_key: u64,
+    scheduled: u64,
     #[serde(with = "humantime_serde")]
     drain: Duration,
 }
@@ -55,6 +60,7 @@ impl Default for RelayTable {
             settle,
             deferred,
             deferred_per_key,
+            scheduled,
             drain,
         } = RelaySettings::default();
         Self {
@@ -70,6 +76,7 @@ impl Default for RelayTable {
             settle,
             deferred,
             deferred_per_key,
+            scheduled,
             drain,
         }
     }
@@ -95,6 +102,7 @@ impl RelayTable {
             settle: lasting("settle", self.settle, MILLISECOND, Duration::from_secs(10))?,
             deferred: within("deferred", self.deferred, 1, 1_000_000)?,
             deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
+            scheduled: within("scheduled", self.scheduled, 1, 10_000_000)?,
             drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,
         })
     }
@@ -150,14 +158,20 @@ impl ConsumerTable {
 pub(super) struct RetryTable {
     delays: Vec<humantime_serde::Serde<Duration>>,
     jitter: f64,
+    on_exhausted: OnExhausted,
 }
 
 impl Default for RetryTable {
     fn default() -> Self {
-        let Retry { delays, jitter } = Retry::default();
+        let Retry {
+            delays,
+            jitter,
+            on_exhausted,
+        } = Retry::default();
         Self {
             delays: delays.into_iter().map(Into::into).collect(),
             jitter,
+            on_exhausted,
         }
     }
 }
@@ -180,6 +194,7 @@ impl RetryTable {
         Ok(Retry {
             delays: delays.collect::<Result<_, _>>()?,
             jitter: within("jitter", self.jitter, 0.0, 1.0)?,
+            on_exhausted: self.on_exhausted,
         })
     }
 }

@@ -10,7 +10,9 @@ use super::{Context, Core, Failure, Next, handler::AnyHandler};
 use crate::{
     error::{Error, Kind},
     event::Key,
-    failure::{DeadLetter, Deferral, LineId, Resolution, Retry},
+    failure::{
+        DeadLetter, Deferral, Hold, LineId, OnExhausted, PARKED, Resolution, Retry, UNREADABLE,
+    },
     lease::{Keeper, Lease},
     store::Unit,
 };
@@ -116,6 +118,11 @@ async fn run(
         done.handled += 1;
         let key = Key::of(&event.message);
         let Some(handler) = core.handler(event, &mut done) else {
+            if pumped {
+                // Another program of the group deferred it, and has a handler: here its line waits.
+                done.waits = true;
+                break;
+            }
             continue;
         };
         let behind = blocked || key.as_ref().is_some_and(|k| lines.contains(k));
@@ -179,6 +186,13 @@ impl Core {
                 _ => Ok(handler.clone()),
             },
         })
+    }
+
+    /// Whether an event that is given up stays first in its line instead.
+    fn parks(&self, event: &Incoming) -> bool {
+        self.retry.on_exhausted == OnExhausted::Park
+            && event.message.key.is_some()
+            && event.defect.is_none()
     }
 
     /// The waiting room has a maximum: at it the source waits, rather than the database filling up.
@@ -313,7 +327,15 @@ async fn conclude(
     let attempts = event.attempts.saturating_add(1);
     let delay = delay(&core.retry, next, attempts);
     tracing::debug!(group = %core.group, id = %event.message.id, kind = %event.message.kind, attempts, %reason, "a handler failed");
-    match (delay, &event.line) {
+    let parks = delay.is_none() && core.parks(event);
+    if parks {
+        tracing::warn!(group = %core.group, id = %event.message.id, kind = %event.message.kind, key = event.message.key, %reason, "a key is parked");
+    }
+    match (delay.or(parks.then_some(PARKED)), &event.line) {
+        (Some(_), Some(id)) if parks => {
+            let park = Resolution::Park { attempts, reason };
+            unit.resolve(id, &park).await.map_err(Undone::of)?;
+        }
         (Some(delay), Some(id)) => {
             let again = Resolution::Again {
                 attempts,
@@ -331,6 +353,8 @@ async fn conclude(
                 attempts,
                 reason: Some(reason),
                 delay,
+                maybe_sent: false,
+                hold: if parks { Hold::Parked } else { Hold::None },
             };
             unit.defer(&wait).await.map_err(Undone::of)?;
             done.deferred += 1;
@@ -341,7 +365,11 @@ async fn conclude(
             done.dead += 1;
         }
         (None, None) => {
-            let message = event.message.clone();
+            let mut message = event.message.clone();
+            if event.defect.is_some() {
+                let name = UNREADABLE.to_owned();
+                message.attributes.insert(name, "true".to_owned());
+            }
             let dead = DeadLetter {
                 message,
                 position: 0,
@@ -353,7 +381,7 @@ async fn conclude(
             done.dead += 1;
         }
     }
-    Ok(delay.is_some())
+    Ok(delay.is_some() || parks)
 }
 
 fn delay(retry: &Retry, next: Next, attempts: u32) -> Option<Duration> {
@@ -373,6 +401,8 @@ impl Deferral {
             attempts: 0,
             reason: None,
             delay: Duration::ZERO,
+            maybe_sent: false,
+            hold: Hold::None,
         }
     }
 }

@@ -9,13 +9,14 @@ use super::{
     world::{Inner, World},
 };
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     connection::Pool,
     cursor::Progress,
     error::{Error, Kind, Result},
     event::Key,
-    failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
+    failure::{DeadLetter, Deferral, Deferred, Line, LineId, PARKED, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Due, Gate, Letters, Slice, Store, Unit, Waiting},
 };
 
 /// One process's way to the database.
@@ -150,6 +151,7 @@ impl Inner {
                 position: row.position,
                 attempts: row.attempts,
                 due_in: until(row.due_at, now),
+                maybe_sent: false,
             });
         Ok(line.collect())
     }
@@ -173,6 +175,16 @@ impl Inner {
                 let row = DeferredRow {
                     attempts: *attempts,
                     due_at: self.now() + millis(*delay),
+                    ..row.clone()
+                };
+                vec![Change::Deferred(id, Some(row))]
+            }
+            // Nothing that a schedule looks at.
+            Resolution::Unsure => Vec::new(),
+            Resolution::Park { attempts, .. } => {
+                let row = DeferredRow {
+                    attempts: *attempts,
+                    due_at: self.now() + millis(PARKED),
                     ..row.clone()
                 };
                 vec![Change::Deferred(id, Some(row))]
@@ -235,6 +247,7 @@ impl Inner {
         Waiting {
             total,
             longest: longest.unwrap_or_default(),
+            ..Waiting::default()
         }
     }
 }
@@ -404,6 +417,11 @@ impl Store for ModelStore {
         .await
     }
 
+    async fn fall_due(&self, _lease: &Lease, _position: i64, _limit: u32) -> Result<Due> {
+        // Its writers schedule nothing.
+        Ok(Due::default())
+    }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         let scope = scope.to_owned();
         self.call("deferred", move |w| Ok(w.waiting_room(side, &scope)))
@@ -411,7 +429,7 @@ impl Store for ModelStore {
     }
 
     async fn begin(&self, _group: &str, _term: LeaseTerm, _durable: bool) -> Result<Box<dyn Unit>> {
-        Err(Error::new(Kind::Unavailable, "begin", "not simulated"))
+        Err(not_simulated("begin"))
     }
 
     async fn uncopied(&self, _group: &str, _limit: u32) -> Result<Vec<DeadLetter>> {
@@ -421,6 +439,38 @@ impl Store for ModelStore {
     async fn copied(&self, _lease: &Lease, _ids: &[LineId]) -> Result<()> {
         Ok(())
     }
+
+    async fn letters(&self, _letters: &Letters) -> Result<Vec<Letter>> {
+        Err(not_simulated("letters"))
+    }
+
+    async fn letter(&self, _id: &LetterId) -> Result<Option<Shown>> {
+        Err(not_simulated("letter"))
+    }
+
+    async fn count_letters(&self, _filter: &Filter) -> Result<DryRun> {
+        Err(not_simulated("count letters"))
+    }
+
+    async fn newer(&self, _id: &LetterId) -> Result<u64> {
+        Err(not_simulated("newer"))
+    }
+
+    async fn waits(&self, _id: &LetterId) -> Result<bool> {
+        Err(not_simulated("waits"))
+    }
+
+    async fn retry_letters(&self, _side: Side, _scope: &str, _ids: &[LineId]) -> Result<u64> {
+        Err(not_simulated("retry letters"))
+    }
+
+    async fn discard_letters(&self, _side: Side, _scope: &str, _ids: &[LineId]) -> Result<u64> {
+        Err(not_simulated("discard letters"))
+    }
+}
+
+fn not_simulated(operation: &'static str) -> Error {
+    Error::new(Kind::Unavailable, operation, "not simulated")
 }
 
 impl ModelStore {

@@ -7,6 +7,8 @@ mod enqueue;
 mod failing;
 mod handlers;
 mod late;
+mod later;
+mod operators;
 mod owners;
 mod poison;
 mod refused;
@@ -24,6 +26,7 @@ fn retry(delays: &[u64]) -> Retry {
     Retry {
         delays: delays.iter().map(|ms| Duration::from_millis(*ms)).collect(),
         jitter: 0.0,
+        ..Retry::default()
     }
 }
 

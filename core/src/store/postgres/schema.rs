@@ -14,7 +14,10 @@ use crate::{
 };
 
 /// The steps from each version to the next. A step only adds, and is never changed once released.
-const STEPS: &[(i32, &str)] = &[(1, include_str!("schema.sql"))];
+const STEPS: &[(i32, &str)] = &[
+    (1, include_str!("schema.sql")),
+    (3, include_str!("schema_3.sql")),
+];
 
 /// The longest that making the schema takes, with the wait for another program that is making it.
 pub(super) const PATIENCE: Duration = Duration::from_secs(60);

@@ -5,9 +5,11 @@
 
 mod failure;
 mod lease;
+mod letters;
 mod log;
 mod pool;
 mod row;
+mod schedule;
 mod schema;
 mod unit;
 
@@ -15,13 +17,14 @@ use async_trait::async_trait;
 use sqlx::SqlitePool;
 
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     connection::Pool,
     cursor::Progress,
     error::Result,
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Gate, Slice, Store, Unit, Waiting},
+    store::{Due, Gate, Letters, Slice, Store, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -188,6 +191,19 @@ impl Store for Sqlite {
             .await
     }
 
+    async fn fall_due(&self, lease: &Lease, position: i64, limit: u32) -> Result<Due> {
+        let lease = lease.clone();
+        self.engine
+            .write("let events fall due", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    let place = failure::Place::of(&lease.key);
+                    schedule::fall_due(tx, &place, position, limit).await
+                })
+            })
+            .await
+    }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         failure::waiting(&self.engine, side, scope).await
     }
@@ -212,6 +228,44 @@ impl Store for Sqlite {
                     lease::fence(tx, &lease).await?;
                     failure::copied(tx, &failure::Place::of(&lease.key), &ids).await
                 })
+            })
+            .await
+    }
+
+    async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {
+        letters::list(&self.engine, letters).await
+    }
+
+    async fn letter(&self, id: &LetterId) -> Result<Option<Shown>> {
+        letters::show(&self.engine, id).await
+    }
+
+    async fn count_letters(&self, filter: &Filter) -> Result<DryRun> {
+        letters::count(&self.engine, filter).await
+    }
+
+    async fn newer(&self, id: &LetterId) -> Result<u64> {
+        letters::newer(&self.engine, id).await
+    }
+
+    async fn waits(&self, id: &LetterId) -> Result<bool> {
+        letters::waits(&self.engine, id).await
+    }
+
+    async fn retry_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (place, ids) = (failure::Place::on(side, scope), ids.to_vec());
+        self.engine
+            .write("retry dead letters", move |tx| {
+                Box::pin(async move { letters::retry(tx, &place, &ids).await })
+            })
+            .await
+    }
+
+    async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (place, ids) = (failure::Place::on(side, scope), ids.to_vec());
+        self.engine
+            .write("discard dead letters", move |tx| {
+                Box::pin(async move { letters::discard(tx, &place, &ids).await })
             })
             .await
     }

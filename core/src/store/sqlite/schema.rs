@@ -8,6 +8,8 @@ use crate::{
 use super::pool::{Engine, Transaction};
 
 const TABLES: &str = include_str!("schema.sql");
+/// The steps from each version to the next. A step only adds, and is never changed once released.
+const STEPS: &[(i32, &str)] = &[(3, include_str!("schema_3.sql"))];
 const OPERATION: &str = "open schema";
 
 /// Makes what is missing. Its transaction holds the writer's lock, so that others who do the same wait.
@@ -21,6 +23,7 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
     .fetch_one(tx.connection())
     .await
     .map_err(|e| tx.failed(e))?;
+    let mut found = 0;
     if exists {
         let query = tx
             .names()
@@ -33,11 +36,19 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
         if version >= SCHEMA_VERSION {
             return Ok(());
         }
+        found = version;
     }
     sqlx::raw_sql(tables)
         .execute(tx.connection())
         .await
         .map_err(|e| tx.failed(e))?;
+    for (_, step) in STEPS.iter().filter(|(to, _)| *to > found) {
+        let step = tx.names().sql(step);
+        sqlx::raw_sql(step)
+            .execute(tx.connection())
+            .await
+            .map_err(|e| tx.failed(e))?;
+    }
     let row = tx.names().sql(
         "INSERT INTO {p}installation (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
          ON CONFLICT (one) DO UPDATE SET version = excluded.version, oldest_program = excluded.oldest_program",
