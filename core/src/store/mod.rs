@@ -141,9 +141,6 @@ pub trait Store: Send + Sync + 'static {
     async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64>;
 }
 
-/// How long what somebody is just deciding to cancel is left alone.
-pub(crate) const AGAIN: Duration = Duration::from_millis(100);
-
 /// Dead letters as they are asked for.
 #[derive(Debug, Clone)]
 pub struct Letters {

@@ -1,5 +1,7 @@
 //! Events whose time comes, and those that were cancelled before.
 
+use std::time::Duration;
+
 use sqlx::{Row, postgres::PgRow};
 
 use super::{
@@ -7,12 +9,10 @@ use super::{
     engine::{Commit, Text, Tx, query},
     failure::{self, MESSAGE, Place, WAITS},
 };
-use crate::{
-    error::Result,
-    lease::Lease,
-    store::{AGAIN, Due},
-};
+use crate::{error::Result, lease::Lease, store::Due};
 
+/// How long what somebody is just deciding to cancel is left alone.
+const AGAIN: Duration = Duration::from_millis(100);
 const OPERATION: &str = "let events fall due";
 
 pub(super) struct Statements {
@@ -104,7 +104,7 @@ impl Inner {
         let row = tx.fetch_one(place.bind(query(&self.schedule.next))).await?;
         let next = |row: PgRow| row.try_get::<i64, _>("due_in").map(i64::unsigned_abs);
         let next = row.map(next).transpose().map_err(read)?;
-        due.next = next.map(std::time::Duration::from_millis);
+        due.next = next.map(Duration::from_millis);
         if busy {
             due.next = due.next.map(|next| next.max(AGAIN));
         }
