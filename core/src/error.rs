@@ -25,6 +25,8 @@ pub enum Kind {
     TooLarge,
     /// The relays are too far behind, and the outbox was told to refuse events then; nothing was written.
     Backlogged,
+    /// What a command names is not there; nothing was written.
+    NotFound,
     /// The configuration is wrong.
     Configuration,
     /// The broker; see the source.

@@ -3,6 +3,7 @@
 #[cfg(not(any(feature = "postgres", feature = "sqlite")))]
 compile_error!("pillarbox needs a database: switch on its feature `postgres` or `sqlite`");
 
+pub mod admin;
 mod backoff;
 mod backpressure;
 pub mod config;
@@ -26,13 +27,14 @@ pub mod store;
 mod wake;
 pub mod window;
 
+pub use admin::Admin;
 pub use backpressure::Backlog;
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
 pub use error::{Error, Kind, Result};
 pub use event::{Event, Key};
-pub use outbox::{InTransaction, Insert, Outbox, Param};
+pub use outbox::{InTransaction, Insert, Outbox, Param, Scheduled};
 pub use pillarbox_transport as transport;
 pub use relay::{Relay, RelaySettings};
 pub use retention::RetentionSettings;

@@ -1,6 +1,11 @@
 //! Where an event's way begins: one INSERT in the application's own transaction.
 
-use std::sync::Arc;
+mod statements;
+
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use pillarbox_transport::{Limits, Message};
 use serde::Serialize;
@@ -13,6 +18,7 @@ use crate::{
     event::Event,
     wake::Wake,
 };
+use statements::{Row, Statements, micros};
 
 /// Writes events into the application's own transaction. Cheap to clone; fits an axum state.
 ///
@@ -42,11 +48,17 @@ pub struct Outbox {
     pressure: Option<Arc<Pressure>>,
 }
 
-struct Statements {
-    one: String,
-    #[cfg(feature = "postgres")]
-    many: String,
+/// An event that is sent at a time of its own: what [`Outbox::cancel`] needs. Keep both to cancel it later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scheduled {
+    /// The event's id.
+    pub id: Uuid,
+    /// Not before this time, by the database's clock; in whole microseconds.
+    pub at: SystemTime,
 }
+
+/// How far ahead an event may be scheduled: ten years.
+const FARTHEST: Duration = Duration::from_secs(315_360_000);
 
 impl Outbox {
     /// An outbox in this database, with the default [`Limits`].
@@ -157,6 +169,73 @@ impl Outbox {
         Ok(ids)
     }
 
+    /// Writes one event that is not sent before `at` (by the database's clock; at most ten years ahead; one that has passed
+    /// is sent at once).
+    ///
+    /// It takes its place in its key's order when its time comes: behind what is being sent or waits then, before what is
+    /// committed later. Until then it holds nothing back. Within about a second, and later while the relay or the broker is away.
+    ///
+    /// ```no_run
+    /// # use std::time::{Duration, SystemTime};
+    /// # use pillarbox_core::{Event, Outbox};
+    /// # #[derive(serde::Serialize)] struct Remind { order: u32 }
+    /// # impl Event for Remind { const TYPE: &'static str = "shop.order.remind"; const TOPIC: &'static str = "shop.events"; }
+    /// # async fn f(outbox: Outbox, pool: sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut tx = pool.begin().await?;
+    /// let tomorrow = SystemTime::now() + Duration::from_secs(24 * 3600);
+    /// let reminder = outbox.enqueue_at(&mut tx, &Remind { order: 7 }, tomorrow).await?;
+    /// tx.commit().await?;
+    /// // … the order was paid …
+    /// let mut tx = pool.begin().await?;
+    /// let is_cancelled = outbox.cancel(&mut tx, &reminder).await?;
+    /// tx.commit().await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`].
+    pub async fn enqueue_at<E: Event + Serialize>(
+        &self,
+        tx: impl InTransaction,
+        event: &E,
+        at: SystemTime,
+    ) -> Result<Scheduled> {
+        let (id, message) = self.message(event)?;
+        let at = self.write_at(tx, &message, at).await?;
+        Ok(Scheduled { id, at })
+    }
+
+    /// Writes a message of any content that is not sent before `at`; as [`Outbox::enqueue_at`].
+    ///
+    /// # Errors
+    /// As [`Outbox::enqueue`].
+    pub async fn enqueue_message_at(
+        &self,
+        tx: impl InTransaction,
+        message: Message,
+        at: SystemTime,
+    ) -> Result<Scheduled> {
+        let at = self.write_at(tx, &message, at).await?;
+        let id = Uuid::try_parse(&message.id).unwrap_or_default();
+        Ok(Scheduled { id, at })
+    }
+
+    /// Cancels an event before its time. True: once this transaction is committed, the event is never sent. False: its time
+    /// has come, and it is sent (or was). Nothing in between: while this transaction is open past the event's time, the event
+    /// waits for its end. May be repeated.
+    ///
+    /// The database's role needs the right to insert into the table `cancelled`. Works whether the relay has read the event or
+    /// not; one INSERT, and a lock that only the event's own delivery meets.
+    ///
+    /// # Errors
+    /// [`Kind::Invalid`] without a transaction; the database's.
+    pub async fn cancel(&self, mut tx: impl InTransaction, event: &Scheduled) -> Result<bool> {
+        let mut connection = tx.connection();
+        in_transaction(&connection, "cancel")?;
+        let cancelled = self.statements.cancel(&mut connection, event).await;
+        Ok(cancelled.map_err(|e| self.failed("cancel", e))? > 0)
+    }
+
     /// Writes a message of any content. Its id must be a UUID; its time is the database's.
     ///
     /// # Errors
@@ -213,28 +292,46 @@ impl Outbox {
         Ok((id, message))
     }
 
+    async fn write_at(
+        &self,
+        mut tx: impl InTransaction,
+        message: &Message,
+        at: SystemTime,
+    ) -> Result<SystemTime> {
+        let ahead = at.duration_since(SystemTime::now()).unwrap_or_default();
+        if ahead > FARTHEST {
+            let text = "the event is to be sent more than ten years from now";
+            return Err(Error::new(Kind::Invalid, "enqueue", text));
+        }
+        let row = self.row(message)?;
+        let mut connection = tx.connection();
+        in_transaction(&connection, "enqueue")?;
+        let micros = micros(at);
+        let written = self.statements.run_at(&mut connection, row, micros).await;
+        written.map_err(|e| self.failed("enqueue", e))?;
+        self.wake.enqueued();
+        Ok(SystemTime::UNIX_EPOCH + Duration::from_micros(micros.unsigned_abs()))
+    }
+
     async fn write(&self, mut tx: impl InTransaction, messages: Vec<Message>) -> Result<()> {
         let rows = messages
             .iter()
             .map(|m| self.row(m))
             .collect::<Result<Vec<_>>>()?;
         let mut connection = tx.connection();
-        if !connection.is_in_transaction() {
-            let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
-            return Err(Error::new(Kind::Invalid, "enqueue", text));
-        }
+        in_transaction(&connection, "enqueue")?;
         if let Some(pressure) = &self.pressure {
             pressure.check(self.database.store())?;
         }
         self.statements
             .run(&mut connection, rows)
             .await
-            .map_err(|e| self.failed(e))?;
+            .map_err(|e| self.failed("enqueue", e))?;
         self.wake.enqueued();
         Ok(())
     }
 
-    fn failed(&self, e: sqlx::Error) -> Error {
+    fn failed(&self, operation: &'static str, e: sqlx::Error) -> Error {
         let state = sqlstate(&e);
         let missing = format!("no such table: {}_outbox", self.database.store().schema());
         let no_table = matches!(state.as_deref(), Some("42P01" | "3F000"))
@@ -243,9 +340,9 @@ impl Outbox {
         if no_table {
             let text =
                 "the outbox is not in this database: call pillarbox::migrate once at the start";
-            return Error::new(Kind::NotMigrated, "enqueue", text).caused_by(e);
+            return Error::new(Kind::NotMigrated, operation, text).caused_by(e);
         }
-        Error::database("enqueue", e)
+        Error::database(operation, e)
     }
 
     fn row(&self, message: &Message) -> Result<Row> {
@@ -297,17 +394,12 @@ impl std::fmt::Debug for Outbox {
     }
 }
 
-/// One row of the log, as the contract's columns.
-struct Row {
-    topic: String,
-    kind: String,
-    key: Option<String>,
-    payload: Option<Vec<u8>>,
-    content_type: Option<String>,
-    headers: Option<String>,
-    id: String,
-    version: i64,
-    attributes: Option<String>,
+fn in_transaction(connection: &Connection<'_>, operation: &'static str) -> Result<()> {
+    if connection.is_in_transaction() {
+        return Ok(());
+    }
+    let text = "no transaction is open on this connection; begin one with sqlx (a BEGIN by hand is not seen)";
+    Err(Error::new(Kind::Invalid, operation, text))
 }
 
 /// A statement for any driver.
@@ -343,102 +435,6 @@ impl From<Row> for Vec<Param> {
             Param::Bigint(Some(row.version)),
             Param::Text(row.attributes),
         ]
-    }
-}
-
-/// The contract's columns of one row, in order, onto a query of either database.
-macro_rules! bind {
-    ($query:expr, $row:expr) => {
-        $query
-            .bind($row.topic)
-            .bind($row.kind)
-            .bind($row.key)
-            .bind($row.payload)
-            .bind($row.content_type)
-            .bind($row.headers)
-            .bind($row.id)
-            .bind($row.version)
-            .bind($row.attributes)
-    };
-}
-
-const COLUMNS: &str = "topic, type, key, payload, content_type, headers, id, version, attributes";
-
-impl Statements {
-    fn new(database: &Database) -> Self {
-        let schema = database.store().schema();
-        match database.pool() {
-            #[cfg(feature = "postgres")]
-            Some(crate::Pool::Postgres(_)) => Self {
-                one: format!(
-                    "INSERT INTO \"{schema}\".outbox ({COLUMNS}) VALUES ($1::text, $2::text, $3::text, $4::bytea, \
-                     $5::text, $6::text::jsonb, $7::text::uuid, $8::bigint::int, $9::text::jsonb)"
-                ),
-                // With ORDINALITY, because positions are drawn in the order of the rows.
-                many: format!(
-                    "INSERT INTO \"{schema}\".outbox ({COLUMNS}) SELECT a, b, c, d, e, f::jsonb, g::uuid, h::int, i::jsonb \
-                     FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::text[], $7::text[], \
-                     $8::bigint[], $9::text[]) WITH ORDINALITY AS r (a, b, c, d, e, f, g, h, i, n) ORDER BY n"
-                ),
-            },
-            _ => Self {
-                one: format!(
-                    "INSERT INTO \"{schema}_outbox\" ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)"
-                ),
-                #[cfg(feature = "postgres")]
-                many: String::new(),
-            },
-        }
-    }
-
-    async fn run(&self, connection: &mut Connection<'_>, rows: Vec<Row>) -> sqlx::Result<()> {
-        match connection {
-            #[cfg(feature = "postgres")]
-            Connection::Postgres(c) => match <[Row; 1]>::try_from(rows) {
-                Ok([row]) => {
-                    let query = sqlx::query(sqlx::AssertSqlSafe(self.one.as_str()));
-                    bind!(query, row).execute(&mut **c).await.map(drop)
-                }
-                Err(rows) => self.run_many(c, rows).await,
-            },
-            #[cfg(feature = "sqlite")]
-            Connection::Sqlite(c) => {
-                for row in rows {
-                    let query = sqlx::query(sqlx::AssertSqlSafe(self.one.as_str()));
-                    bind!(query, row).execute(&mut **c).await?;
-                }
-                Ok(())
-            }
-        }
-    }
-
-    #[cfg(feature = "postgres")]
-    async fn run_many(
-        &self,
-        connection: &mut sqlx::PgConnection,
-        rows: Vec<Row>,
-    ) -> sqlx::Result<()> {
-        if rows.is_empty() {
-            return Ok(());
-        }
-        macro_rules! column {
-            ($field:ident) => {
-                rows.iter().map(|r| r.$field.clone()).collect::<Vec<_>>()
-            };
-        }
-        sqlx::query(sqlx::AssertSqlSafe(self.many.as_str()))
-            .bind(column!(topic))
-            .bind(column!(kind))
-            .bind(column!(key))
-            .bind(column!(payload))
-            .bind(column!(content_type))
-            .bind(column!(headers))
-            .bind(column!(id))
-            .bind(column!(version))
-            .bind(column!(attributes))
-            .execute(connection)
-            .await
-            .map(drop)
     }
 }
 

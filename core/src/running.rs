@@ -18,6 +18,9 @@ pub struct Health {
     pub held: usize,
     /// Partitions or sources there are.
     pub of: usize,
+    /// Keys of its destination or group that wait for an operator (see [`OnExhausted::Park`](crate::failure::OnExhausted)),
+    /// as of the last look, about a second ago.
+    pub parked: u64,
     /// What it waits for, if it waits: the newest trouble, in a sentence.
     pub trouble: Option<String>,
 }
@@ -125,6 +128,14 @@ impl Report {
             } else {
                 h.held.saturating_sub(1)
             }
+        });
+    }
+
+    pub(crate) fn parked(&self, parked: u64) {
+        self.health.send_if_modified(|h| {
+            let differs = h.parked != parked;
+            h.parked = parked;
+            differs
         });
     }
 

@@ -67,6 +67,8 @@ struct KeyState {
     queue: VecDeque<Seq>,
     /// A row of its line exists, or is being inserted.
     blocked: bool,
+    /// Somebody else made its line while an event of it was on its way: blocked once that one is decided.
+    closing: bool,
     /// The line's head is in flight.
     line_in_flight: bool,
 }
@@ -186,6 +188,22 @@ impl<T> Window<T> {
         seq
     }
 
+    /// Appends an event that is to be stored as deferred, whatever its key does: it waits for a time of its own.
+    pub fn push_deferring(&mut self, item: T, size: usize) -> Seq {
+        let seq = self.next_seq();
+        self.entries.push_back(Entry {
+            item: Some(item),
+            key: None,
+            size,
+            state: State::Deferring,
+            generation: 0,
+        });
+        self.bytes += size;
+        self.held += 1;
+        self.to_defer.insert(seq);
+        seq
+    }
+
     /// Appends an event that needs nothing more: it was filtered out, and counts as confirmed so that the prefix moves on.
     pub fn push_settled(&mut self) -> Seq {
         let seq = self.next_seq();
@@ -283,7 +301,7 @@ impl<T> Window<T> {
             None => vec![attempt.seq],
             Some(key) => {
                 let of_key = self.keys.entry(key).or_default();
-                of_key.blocked = true;
+                (of_key.blocked, of_key.closing) = (true, false);
                 of_key.queue.iter().copied().collect()
             }
         };
@@ -333,9 +351,26 @@ impl<T> Window<T> {
         self.to_defer.extend(back);
     }
 
-    /// The key has a line (found at take-over).
+    /// The key has a line: found at take-over, or made by an operator since. What is there of the key goes behind the
+    /// line, but for an event that was sent and is not decided: it stays its key's one unconfirmed event, and neither
+    /// another one nor the line's head is sent before it is. If it went into the line, it could be written there after
+    /// later ones of its key.
     pub fn block(&mut self, key: Key) {
-        self.keys.entry(key).or_default().blocked = true;
+        let undecided = self.is_undecided(&key);
+        let of_key = self.keys.entry(key.clone()).or_default();
+        if of_key.blocked {
+            return;
+        }
+        of_key.closing = undecided;
+        if !undecided {
+            return self.close(&key);
+        }
+        // With several in flight per key, the next one may be ready beside it.
+        for seq in of_key.queue.clone() {
+            if self.entry(seq).is_some_and(|e| e.generation == 0) {
+                self.ready.remove(&seq);
+            }
+        }
     }
 
     /// Whether the key has a line.
@@ -358,7 +393,7 @@ impl<T> Window<T> {
             return false;
         }
         if let Some(of_key) = self.keys.get_mut(key) {
-            of_key.blocked = false;
+            (of_key.blocked, of_key.closing) = (false, false);
         }
         self.refresh(key);
         self.forget(key);
@@ -372,11 +407,11 @@ impl<T> Window<T> {
             return false;
         }
         if let Some(key) = key {
+            self.block(key.clone());
             let of_key = self.keys.entry(key.clone()).or_default();
-            if of_key.line_in_flight {
+            if of_key.line_in_flight || of_key.closing {
                 return false;
             }
-            of_key.blocked = true;
             of_key.line_in_flight = true;
         }
         self.in_flight += 1;
@@ -419,8 +454,42 @@ impl<T> Window<T> {
         if let Some(of_key) = self.keys.get_mut(&key) {
             of_key.queue.retain(|other| *other != seq);
         }
+        let closing = self.keys.get(&key).is_some_and(|k| k.closing);
+        if closing && !self.is_undecided(&key) {
+            self.close(&key);
+        }
         self.refresh(&key);
         self.forget(&key);
+    }
+
+    /// Whether an event of the key was sent and has no answer that decides it.
+    fn is_undecided(&self, key: &Key) -> bool {
+        let queue = self.keys.get(key).map(|k| &k.queue);
+        queue.into_iter().flatten().any(|seq| {
+            self.entry(*seq).is_some_and(|e| match e.state {
+                State::InFlight => true,
+                State::Ready => e.generation > 0,
+                State::Deferring | State::Settled => false,
+            })
+        })
+    }
+
+    /// Blocks the key; what waited to be sent goes behind its line.
+    fn close(&mut self, key: &Key) {
+        let Some(of_key) = self.keys.get_mut(key) else {
+            return;
+        };
+        (of_key.blocked, of_key.closing) = (true, false);
+        for seq in of_key.queue.clone() {
+            let Some(entry) = self.entry_mut(seq) else {
+                continue;
+            };
+            if entry.state == State::Ready {
+                entry.state = State::Deferring;
+                self.ready.remove(&seq);
+                self.to_defer.insert(seq);
+            }
+        }
     }
 
     /// Makes ready what of a key may be sent now: its first events, unless it has a line.
@@ -430,10 +499,17 @@ impl<T> Window<T> {
         };
         for &seq in of_key.queue.iter().take(self.limits.per_key) {
             let index = usize::try_from(seq - self.first).unwrap_or(usize::MAX);
-            match self.entries.get(index).map(|e| e.state) {
-                Some(State::Ready) => drop(self.ready.insert(seq)),
-                Some(State::InFlight) => {}
-                _ => break,
+            let Some(entry) = self.entries.get(index) else {
+                break;
+            };
+            // Only what was sent before goes on while a line waits.
+            if of_key.closing && entry.generation == 0 {
+                break;
+            }
+            match entry.state {
+                State::Ready => drop(self.ready.insert(seq)),
+                State::InFlight => {}
+                State::Deferring | State::Settled => break,
             }
             // In order: the next one is ready once this one is in flight.
             if self.ready.contains(&seq) {
@@ -445,7 +521,7 @@ impl<T> Window<T> {
     fn forget(&mut self, key: &Key) {
         if let hash_map::Entry::Occupied(entry) = self.keys.entry(key.clone()) {
             let k = entry.get();
-            if k.queue.is_empty() && !k.blocked && !k.line_in_flight {
+            if k.queue.is_empty() && !k.blocked && !k.closing && !k.line_in_flight {
                 entry.remove();
             }
         }

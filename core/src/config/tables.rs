@@ -11,8 +11,12 @@ use super::{
     settings::{DestinationSettings, OutboxSettings, TopicSettings, TypeSettings, Unrouted},
 };
 use crate::{
-    consumer::ConsumerSettings, failure::Retry, lease::LeaseTerm, relay::RelaySettings,
-    retention::RetentionSettings, window,
+    consumer::ConsumerSettings,
+    failure::{OnExhausted, Retry},
+    lease::LeaseTerm,
+    relay::RelaySettings,
+    retention::RetentionSettings,
+    window,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -42,6 +46,7 @@ pub(super) struct RelayTable {
     settle: Duration,
     deferred: u64,
     deferred_per_key: u64,
+    scheduled: u64,
     #[serde(with = "humantime_serde")]
     drain: Duration,
 }
@@ -59,6 +64,7 @@ impl Default for RelayTable {
             settle,
             deferred,
             deferred_per_key,
+            scheduled,
             drain,
         } = RelaySettings::default();
         Self {
@@ -74,6 +80,7 @@ impl Default for RelayTable {
             settle,
             deferred,
             deferred_per_key,
+            scheduled,
             drain,
         }
     }
@@ -99,6 +106,7 @@ impl RelayTable {
             settle: lasting("settle", self.settle, MILLISECOND, Duration::from_secs(10))?,
             deferred: within("deferred", self.deferred, 1, 1_000_000)?,
             deferred_per_key: within("deferred_per_key", self.deferred_per_key, 1, 1_000_000)?,
+            scheduled: within("scheduled", self.scheduled, 1, 10_000_000)?,
             drain: lasting("drain", self.drain, MILLISECOND, 10 * MINUTE)?,
         })
     }
@@ -174,14 +182,20 @@ impl ConsumerTable {
 pub(super) struct RetryTable {
     delays: Vec<humantime_serde::Serde<Duration>>,
     jitter: f64,
+    on_exhausted: OnExhausted,
 }
 
 impl Default for RetryTable {
     fn default() -> Self {
-        let Retry { delays, jitter } = Retry::default();
+        let Retry {
+            delays,
+            jitter,
+            on_exhausted,
+        } = Retry::default();
         Self {
             delays: delays.into_iter().map(Into::into).collect(),
             jitter,
+            on_exhausted,
         }
     }
 }
@@ -204,6 +218,7 @@ impl RetryTable {
         Ok(Retry {
             delays: delays.collect::<Result<_, _>>()?,
             jitter: within("jitter", self.jitter, 0.0, 1.0)?,
+            on_exhausted: self.on_exhausted,
         })
     }
 }

@@ -15,7 +15,7 @@ use crate::{
     backoff::Backoff,
     error::{Error, Kind},
     event::Key,
-    failure::{LineId, Side},
+    failure::{LineId, OnExhausted, Side},
     lease::Lease,
     store::Unit,
 };
@@ -262,6 +262,13 @@ impl Core {
                 _ => Ok(way.clone()),
             },
         })
+    }
+
+    /// Whether an event that is given up stays first in its line instead.
+    pub(super) fn parks(&self, event: &Incoming) -> bool {
+        self.retry.on_exhausted == OnExhausted::Park
+            && event.message.key.is_some()
+            && event.defect.is_none()
     }
 
     /// The waiting room has a maximum: at it the source waits, rather than the database filling up.

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     error::{Error, Kind},
-    failure::{DeadLetter, Deferral, Resolution, Retry},
+    failure::{DeadLetter, Deferral, Hold, PARKED, Resolution, Retry, UNREADABLE},
     store::Unit,
 };
 
@@ -169,7 +169,15 @@ pub(super) async fn conclude(
     let attempts = event.attempts.saturating_add(1);
     let delay = delay(&core.retry, next, attempts);
     tracing::debug!(group = %core.group, id = %event.message.id, kind = %event.message.kind, attempts, %reason, "a handler failed");
-    match (delay, &event.line) {
+    let parks = delay.is_none() && core.parks(event);
+    if parks {
+        tracing::warn!(group = %core.group, id = %event.message.id, kind = %event.message.kind, key = event.message.key, %reason, "a key is parked");
+    }
+    match (delay.or(parks.then_some(PARKED)), &event.line) {
+        (Some(_), Some(id)) if parks => {
+            let park = Resolution::Park { attempts, reason };
+            unit.resolve(id, &park).await.map_err(Undone::of)?;
+        }
         (Some(delay), Some(id)) => {
             let again = Resolution::Again {
                 attempts,
@@ -185,6 +193,8 @@ pub(super) async fn conclude(
                 attempts,
                 reason: Some(reason),
                 delay,
+                maybe_sent: false,
+                hold: if parks { Hold::Parked } else { Hold::None },
             };
             return wait(core, unit, deferral, done).await;
         }
@@ -194,8 +204,13 @@ pub(super) async fn conclude(
             done.dead += 1;
         }
         (None, None) => {
+            let mut message = event.message.clone();
+            if event.defect.is_some() {
+                let name = UNREADABLE.to_owned();
+                message.attributes.insert(name, "true".to_owned());
+            }
             let dead = DeadLetter {
-                message: event.message.clone(),
+                message,
                 position: 0,
                 attempts,
                 reason,
@@ -205,7 +220,7 @@ pub(super) async fn conclude(
             done.dead += 1;
         }
     }
-    Ok(Ok(delay.is_some()))
+    Ok(Ok(delay.is_some() || parks))
 }
 
 /// The event is through, and with it its place in a line.
@@ -251,6 +266,8 @@ impl Deferral {
             attempts: 0,
             reason: None,
             delay: Duration::ZERO,
+            maybe_sent: false,
+            hold: Hold::None,
         }
     }
 }

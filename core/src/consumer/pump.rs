@@ -16,7 +16,7 @@ use super::{
 use crate::{
     backoff::Backoff,
     error::{Error, Kind, Result},
-    failure::{Line, LineId},
+    failure::{Line, LineId, OnExhausted, Side},
     lease::{Keeper, Lease, LeaseKey},
 };
 
@@ -82,8 +82,14 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
 
 async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationToken) -> Result<()> {
     let mut copies = Copies::default();
+    let mut look_at = Instant::now();
     loop {
         let mut next = POLL;
+        if core.retry.on_exhausted == OnExhausted::Park && look_at <= Instant::now() {
+            let waiting = core.store.deferred(Side::Consumer, &core.group).await?;
+            core.report.parked(waiting.parked);
+            look_at = Instant::now() + POLL;
+        }
         let lines = core.store.lines(lease, BATCH).await?;
         if lines.is_empty() {
             core.clear(PUMP);

@@ -1,5 +1,13 @@
 use pillarbox_transport::Message;
 
+/// The attribute of an event that an operator put back after it was given up: how often. Newer events of its key may have
+/// overtaken it.
+pub const RETRIED: &str = "pillarboxretried";
+
+/// The attribute of a dead letter that could not be read as it was written: what is kept is not the event, and it is
+/// never put back.
+pub(crate) const UNREADABLE: &str = "pillarboxunreadable";
+
 /// An event that was given up, with what operators need to judge it.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use pillarbox_transport::Message;
 
@@ -22,6 +22,13 @@ impl Side {
             Self::Consumer => "consumer",
         }
     }
+
+    /// From the tables.
+    pub(crate) fn read(text: &str) -> Option<Self> {
+        [Self::Relay, Self::Consumer]
+            .into_iter()
+            .find(|side| side.as_str() == text)
+    }
 }
 
 /// An event that is to wait: a full copy.
@@ -37,7 +44,26 @@ pub struct Deferral {
     pub reason: Option<String>,
     /// Until its next attempt.
     pub delay: Duration,
+    /// The broker may have it all the same: the answer to an attempt was lost.
+    pub maybe_sent: bool,
+    /// What else it waits for.
+    pub hold: Hold,
 }
+
+/// What a waiting event waits for, beside its delay.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Hold {
+    /// Nothing.
+    #[default]
+    None,
+    /// An operator: its key stays blocked behind it.
+    Parked,
+    /// This time, by the database's clock: until then it stands in no line and holds nothing back.
+    Scheduled(SystemTime),
+}
+
+/// The wait of a parked event, long enough for any operator.
+pub(crate) const PARKED: Duration = Duration::from_secs(315_360_000);
 
 /// A line: the deferred events of one key, in order. A keyless event is a line of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,6 +90,8 @@ pub struct Deferred {
     pub attempts: u32,
     /// Until it is due; zero if it is.
     pub due_in: Duration,
+    /// The broker may have it all the same: the answer to an attempt was lost.
+    pub maybe_sent: bool,
 }
 
 impl Deferred {
@@ -87,6 +115,15 @@ pub enum Resolution {
         reason: String,
         /// Until the next attempt.
         delay: Duration,
+    },
+    /// The answer to an attempt was lost: noted at the row, which stays as it is.
+    Unsure,
+    /// It is given up, and its key waits for an operator: the row stays first in its line.
+    Park {
+        /// Failures so far.
+        attempts: u32,
+        /// Why.
+        reason: String,
     },
     /// It is given up: the row moves to the dead letters.
     Dead {

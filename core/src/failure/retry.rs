@@ -7,6 +7,20 @@ pub struct Retry {
     pub delays: Vec<Duration>,
     /// Each wait is varied by up to this share, up or down. Defaults to 0.1.
     pub jitter: f64,
+    /// What becomes of an event whose waits are used up, or that is refused for good.
+    pub on_exhausted: OnExhausted,
+}
+
+/// What becomes of an event that is given up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnExhausted {
+    /// It becomes a dead letter, and its key goes on without it.
+    #[default]
+    Continue,
+    /// Its key waits behind it, in order, until an operator retries or discards it. One without a key becomes a dead letter,
+    /// and so does one that could not even be read: nobody knows its key.
+    Park,
 }
 
 impl Retry {
@@ -26,6 +40,7 @@ impl Default for Retry {
         Self {
             delays: [1, 2, 4].map(Duration::from_secs).to_vec(),
             jitter: 0.1,
+            on_exhausted: OnExhausted::default(),
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The deferred lines of a partition, as its owner knows them: when each is due, and what is under way.
 
-use std::collections::{BTreeSet, HashMap};
+use std::{
+    collections::{BTreeSet, HashMap},
+    time::Duration,
+};
 
 use tokio::time::Instant;
 
@@ -11,6 +14,8 @@ use crate::{
 
 /// Heads under way at a time: retries are exceptions and must not crowd out the log.
 const ACTIVE: usize = 16;
+/// By how much a head must be due before the known one for its line to be read again.
+const SOONER: Duration = Duration::from_secs(3);
 
 /// A line's name: its key, or the one event of a keyless line.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -75,6 +80,20 @@ impl Lines {
                 grew: false,
             },
         );
+    }
+
+    /// A read found it. It may be unknown: made by somebody else; or its head another one, due sooner.
+    pub(super) fn found(&mut self, name: LineName, due: Instant) {
+        match self.lines.get_mut(&name) {
+            None => self.grew(name, due),
+            Some(known) => match known.due {
+                // The read of its head, under way, may have missed what this one saw.
+                None => known.grew = true,
+                // Not for a topic's pause, which is shorter.
+                Some(before) if before > due + SOONER => self.wait(&name, due),
+                Some(_) => {}
+            },
+        }
     }
 
     /// Lines that are due, as many as may be under way; or when the next one is.

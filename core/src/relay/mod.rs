@@ -7,13 +7,13 @@ mod trail;
 
 use std::{collections::HashSet, future::Future, sync::Arc, time::Duration};
 
-use pillarbox_transport::{Limits, Transport};
+use pillarbox_transport::{Limits, Message, Transport};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     backoff::Backoff,
     error::{Error, Kind, Result},
-    failure::Retry,
+    failure::{OnExhausted, Retry},
     lease::LeaseTerm,
     outbox::Outbox,
     retention::{Cleaner, RetentionSettings, Scope},
@@ -45,6 +45,9 @@ pub struct RelaySettings {
     pub deferred: u64,
     /// Most deferred events of one key; at it, its partition waits. Defaults to 1,000.
     pub deferred_per_key: u64,
+    /// Most events of a destination that wait for their `deliver_at`; at it, the next one holds its partition back. Defaults
+    /// to 100,000.
+    pub scheduled: u64,
     /// How long a stop waits for confirms. Defaults to 25 s.
     pub drain: Duration,
 }
@@ -67,6 +70,7 @@ impl Default for RelaySettings {
             settle: Duration::from_millis(100),
             deferred: 10_000,
             deferred_per_key: 1_000,
+            scheduled: 100_000,
             drain: Duration::from_secs(25),
         }
     }
@@ -245,6 +249,11 @@ impl Core {
         if self.report.trouble(what, trouble) {
             tracing::warn!(destination = %self.destination, what, trouble, "relay waits");
         }
+    }
+
+    /// Whether an event that is given up stays first in its line instead.
+    fn parks(&self, message: &Message) -> bool {
+        self.retry.on_exhausted == OnExhausted::Park && message.key.is_some()
     }
 
     fn goes_on(&self, what: &str) {

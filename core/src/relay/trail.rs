@@ -101,6 +101,7 @@ mod tests {
         let logged = |position: &i64| Logged {
             position: *position,
             message: Message::new("i", "t", "k", ""),
+            deliver_at: None,
             defect: None,
         };
         let seen = |s: &str| Progress {

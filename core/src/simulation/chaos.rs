@@ -27,8 +27,8 @@ const HEARTBEAT: Duration = Duration::from_millis(400);
 
 /// A relay or a consumer, as one process.
 struct Instance {
-    process: Arc<Process>,
     number: usize,
+    process: Arc<Process>,
     running: Option<Running>,
     /// When it starts again, if it is down; when it goes on, if it stands still.
     back: Option<Instant>,
@@ -88,8 +88,8 @@ impl Fleet {
             Role::Consumer => self.consumer(&outbox, transport, number).spawn(),
         });
         Instance {
-            process,
             number,
+            process,
             running: Some(running),
             back: None,
             frozen: false,
@@ -240,6 +240,8 @@ impl Fleet {
         let frozen = std::mem::take(&mut instance.frozen);
         if at_once {
             running.abort();
+            let number = instance.number;
+            self.world.with(|w| w.checks.crashed.insert(number));
             return;
         }
         if frozen {

@@ -40,6 +40,8 @@ pub(super) struct Checks {
     refused: BTreeMap<(usize, u16, String), (Instant, bool)>,
     /// Owners since all was healed: they stop in order, and give back.
     pub(super) orderly: BTreeSet<Uuid>,
+    /// Processes that are no more: a call of theirs may still be on its way.
+    pub(super) crashed: BTreeSet<usize>,
 }
 
 /// Messages that were sent and whose outcome is not heard yet.
@@ -78,7 +80,7 @@ impl Inner {
                 .refused
                 .retain(|(p, of, _), _| (*p, *of) != (process, *partition));
         }
-        if self.healed {
+        if self.healed && !self.checks.crashed.contains(&process) {
             self.checks.orderly.insert(lease.owner);
         }
     }

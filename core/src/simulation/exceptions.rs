@@ -12,7 +12,7 @@ use super::{
 use crate::{
     error::Result,
     event::Key,
-    failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
+    failure::{DeadLetter, Deferral, Deferred, Line, LineId, PARKED, Resolution, Side},
     lease::{Lease, LeaseKey},
     store::Waiting,
 };
@@ -149,6 +149,7 @@ impl Inner {
                 position: row.position,
                 attempts: row.attempts,
                 due_in: until(row.due_at, now),
+                maybe_sent: false,
             });
         Ok(line.collect())
     }
@@ -172,6 +173,16 @@ impl Inner {
                 let row = DeferredRow {
                     attempts: *attempts,
                     due_at: self.now() + millis(*delay),
+                    ..row.clone()
+                };
+                vec![Change::Deferred(id, Some(row))]
+            }
+            // Nothing that a schedule looks at.
+            Resolution::Unsure => Vec::new(),
+            Resolution::Park { attempts, .. } => {
+                let row = DeferredRow {
+                    attempts: *attempts,
+                    due_at: self.now() + millis(PARKED),
                     ..row.clone()
                 };
                 vec![Change::Deferred(id, Some(row))]
@@ -203,6 +214,7 @@ impl Inner {
         Waiting {
             total,
             longest: longest.unwrap_or_default(),
+            ..Waiting::default()
         }
     }
 }

@@ -106,6 +106,7 @@ impl Plan {
                     .map(|_| chance.millis(5..=400))
                     .collect(),
                 jitter: 0.1,
+                ..Retry::default()
             },
             filter: chance.hit(0.15),
             faults: Faults::new(chance),
@@ -152,6 +153,7 @@ fn settings(chance: &mut Chance) -> RelaySettings {
         settle: chance.millis(0..=200),
         deferred: [2, 8, 1_000][chance.below(3)],
         deferred_per_key: [1, 3, 1_000][chance.below(3)],
+        scheduled: 100_000,
         drain: chance.millis(0..=1_000),
     }
 }

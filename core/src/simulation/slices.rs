@@ -104,6 +104,7 @@ impl Database {
             .map(|r| Logged {
                 position: r.position,
                 message: r.message.clone(),
+                deliver_at: None,
                 defect: r.defect.clone(),
             })
             .collect()

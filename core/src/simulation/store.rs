@@ -11,14 +11,15 @@ use super::{
     world::{Inner, World},
 };
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
-    error::Result,
+    error::{Error, Kind, Result},
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    store::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 
 /// One process's way to the database.
@@ -230,6 +231,11 @@ impl Store for ModelStore {
         .await
     }
 
+    async fn fall_due(&self, _lease: &Lease, _position: i64, _limit: u32) -> Result<Due> {
+        // Its writers schedule nothing.
+        Ok(Due::default())
+    }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         let scope = scope.to_owned();
         self.call("deferred", move |w| Ok(w.waiting_room(side, &scope)))
@@ -320,6 +326,37 @@ impl Store for ModelStore {
     ) -> Result<Vec<Trimmed>> {
         Ok(Vec::new())
     }
+    async fn letters(&self, _letters: &Letters) -> Result<Vec<Letter>> {
+        Err(not_simulated("letters"))
+    }
+
+    async fn letter(&self, _id: &LetterId) -> Result<Option<Shown>> {
+        Err(not_simulated("letter"))
+    }
+
+    async fn count_letters(&self, _filter: &Filter) -> Result<DryRun> {
+        Err(not_simulated("count letters"))
+    }
+
+    async fn newer(&self, _id: &LetterId) -> Result<u64> {
+        Err(not_simulated("newer"))
+    }
+
+    async fn waits(&self, _id: &LetterId) -> Result<bool> {
+        Err(not_simulated("waits"))
+    }
+
+    async fn retry_letters(&self, _side: Side, _scope: &str, _ids: &[LineId]) -> Result<u64> {
+        Err(not_simulated("retry letters"))
+    }
+
+    async fn discard_letters(&self, _side: Side, _scope: &str, _ids: &[LineId]) -> Result<u64> {
+        Err(not_simulated("discard letters"))
+    }
+}
+
+fn not_simulated(operation: &'static str) -> Error {
+    Error::new(Kind::Unavailable, operation, "not simulated")
 }
 
 impl ModelStore {

@@ -17,7 +17,7 @@ use crate::{
     connection::Connection,
     error::Result,
     event::Key,
-    failure::{DeadLetter, Deferral, LineId, Resolution, Side},
+    failure::{DeadLetter, Deferral, LineId, PARKED, Resolution, Side},
     lease::{Lease, LeaseTerm},
     store::Unit,
 };
@@ -197,6 +197,16 @@ impl Unit for ModelUnit {
                     let row = DeferredRow {
                         attempts,
                         due_at: w.now() + millis(delay),
+                        ..row
+                    };
+                    open.changes.push(Change::Deferred(id, Some(row)));
+                }
+                // Nothing that a schedule looks at.
+                Resolution::Unsure => {}
+                Resolution::Park { attempts, .. } => {
+                    let row = DeferredRow {
+                        attempts,
+                        due_at: w.now() + millis(PARKED),
                         ..row
                     };
                     open.changes.push(Change::Deferred(id, Some(row)));

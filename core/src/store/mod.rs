@@ -4,12 +4,13 @@
 //! [`Kind::LeaseLost`](crate::error::Kind::LeaseLost) when owner or epoch differ: nothing of it is then written.
 //! No method is harmed by dropping its future: each runs to its end.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use async_trait::async_trait;
 use pillarbox_transport::Message;
 
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::{Connection, Pool},
     cursor::Progress,
@@ -27,7 +28,7 @@ pub(crate) mod sqlite;
 /// The program's number for the schema's "oldest program that may use it".
 pub const PROGRAM: i32 = 1;
 /// The schema version that this program makes.
-pub const SCHEMA_VERSION: i32 = 2;
+pub const SCHEMA_VERSION: i32 = 3;
 
 /// A database of outbox, cursors, leases, exceptions and inbox.
 #[async_trait]
@@ -100,6 +101,11 @@ pub trait Store: Send + Sync + 'static {
     /// Ends one attempt of a relay's line head.
     async fn resolve(&self, lease: &Lease, id: &LineId, resolution: &Resolution) -> Result<()>;
 
+    /// Lets the scheduled events of a relay partition whose time has come enter their lines, soonest first, at most
+    /// `limit`, in one fenced, durable transaction: behind `position` and behind what stands in the line. Those that were
+    /// cancelled are deleted instead; those of which somebody is just deciding that stay.
+    async fn fall_due(&self, lease: &Lease, position: i64, limit: u32) -> Result<Due>;
+
     /// How many events wait, for the maximum: of the scope, and of the key that has most.
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting>;
 
@@ -147,6 +153,32 @@ pub trait Store: Send + Sync + 'static {
         keep: Duration,
         most: u64,
     ) -> Result<Vec<Trimmed>>;
+
+    /// Dead letters or parked events, without payloads.
+    async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>>;
+
+    /// One dead letter or parked event, whole.
+    async fn letter(&self, id: &LetterId) -> Result<Option<Shown>>;
+
+    /// How many dead letters a filter names, up to 100,000. `newer` stays none.
+    async fn count_letters(&self, filter: &Filter) -> Result<DryRun>;
+
+    /// How many newer events of a relay's dead letter's key are settled and neither wait nor were given up, of the 10,000
+    /// that come after it in its partition of the log.
+    async fn newer(&self, id: &LetterId) -> Result<u64>;
+
+    /// Whether an event waits in a line.
+    async fn waits(&self, id: &LetterId) -> Result<bool>;
+
+    /// Lets parked events go on where they are, due at once, and moves dead letters into their lines, in the order given, in one durable transaction, with a new round of attempts,
+    /// [`RETRIED`](crate::failure::RETRIED), and due at once. Answers how many; what is no readable dead letter is left alone.
+    ///
+    /// At the consumer no transaction of the group's is open at that moment: one that has probed its keys already could
+    /// apply a newer event of the key beside the line's head.
+    async fn retry_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64>;
+
+    /// Deletes dead letters and parked events in one durable transaction, and answers how many. A consumer's inbox remembers them.
+    async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64>;
 }
 
 /// What a step of cleaning did.
@@ -171,6 +203,58 @@ pub struct Trimmed {
     pub removed: u64,
     /// Of these, how many the broker has no copy of, where it was to get one.
     pub uncopied: u64,
+}
+
+/// Dead letters as they are asked for.
+#[derive(Debug, Clone)]
+pub struct Letters {
+    /// Which.
+    pub filter: Filter,
+    /// Those that are parked, instead of those that were taken out of their lines.
+    pub parked: bool,
+    /// In which order.
+    pub order: Order,
+    /// How many at most.
+    pub limit: u32,
+}
+
+/// The order of dead letters.
+#[derive(Debug, Clone, Copy)]
+pub enum Order {
+    /// The last given up first, from below this number on.
+    Newest(Option<i64>),
+    /// The first given up first, from above this number on.
+    Oldest(Option<i64>),
+    /// As they stand in their lines: by position and number, from above these on, without numbers above `through`.
+    Lines {
+        /// Position and number.
+        after: Option<(i64, i64)>,
+        /// The highest number.
+        through: i64,
+    },
+}
+
+impl Order {
+    /// The lowest and the highest number, exclusive, and the place to go on behind.
+    pub(crate) fn bounds(self) -> (i64, i64, (i64, i64)) {
+        const START: (i64, i64) = (i64::MIN, i64::MIN);
+        match self {
+            Self::Newest(after) => (i64::MIN, after.unwrap_or(i64::MAX), START),
+            Self::Oldest(after) => (after.unwrap_or(i64::MIN), i64::MAX, START),
+            Self::Lines { after, through } => {
+                (i64::MIN, through.saturating_add(1), after.unwrap_or(START))
+            }
+        }
+    }
+
+    /// As ORDER BY says it.
+    pub(crate) fn by(self) -> &'static str {
+        match self {
+            Self::Newest(_) => "seq DESC",
+            Self::Oldest(_) => "seq",
+            Self::Lines { .. } => "position, seq",
+        }
+    }
 }
 
 /// What [`Store::read`] found.
@@ -198,15 +282,30 @@ pub struct Logged {
     pub position: i64,
     /// The event, with `dataversion` and `datacontenttype` among its attributes.
     pub message: Message,
+    /// Not before this time, by the database's clock.
+    pub deliver_at: Option<SystemTime>,
     /// Why it cannot be published, for rows that a plain INSERT made wrong (headers that are no object of texts).
     pub defect: Option<String>,
+}
+
+/// What [`Store::fall_due`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Due {
+    /// The lines that were entered.
+    pub lines: Vec<Line>,
+    /// Until it is worth asking again; none while nothing is scheduled.
+    pub next: Option<Duration>,
 }
 
 /// How full the waiting room is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Waiting {
-    /// Events of the scope.
+    /// Events of the scope's lines.
     pub total: u64,
+    /// Of these, the first of their lines that wait for an operator.
+    pub parked: u64,
+    /// Events beside the lines, whose time has not come.
+    pub scheduled: u64,
     /// Events of its longest line.
     pub longest: u64,
 }

@@ -23,6 +23,10 @@ enum Op {
     Pump(usize),
     EndLine(usize, bool),
     Unblock(usize),
+    /// An operator puts an event that was given up back into its key's line; the owner does not know yet.
+    Retry(usize),
+    /// The owner looks for lines that it does not know.
+    Look,
     Advance,
     Crash,
 }
@@ -52,7 +56,9 @@ fn op() -> impl Strategy<Value = Op> {
         4 => insert.prop_map(Op::Deferrals),
         4 => n.clone().prop_map(Op::Pump),
         4 => (n.clone(), any::<bool>()).prop_map(|(i, done)| Op::EndLine(i, done)),
-        3 => n.prop_map(Op::Unblock),
+        3 => n.clone().prop_map(Op::Unblock),
+        2 => n.prop_map(Op::Retry),
+        2 => Just(Op::Look),
         3 => Just(Op::Advance),
         1 => Just(Op::Crash),
     ]
@@ -86,7 +92,13 @@ struct World {
     done: BTreeSet<usize>,
     lines: BTreeMap<Name, BTreeSet<usize>>,
     once_stored: BTreeSet<usize>,
+    /// Put back by an operator: out of order by nature.
+    retried: BTreeSet<usize>,
     // Does not.
+    /// Of these, those that the owner has not seen.
+    unseen: BTreeSet<usize>,
+    /// Sent from the log by this owner.
+    sent: BTreeSet<usize>,
     window: Window<usize>,
     start: usize,
     next: usize,
@@ -105,6 +117,9 @@ impl World {
             done: BTreeSet::new(),
             lines: BTreeMap::new(),
             once_stored: BTreeSet::new(),
+            retried: BTreeSet::new(),
+            unseen: BTreeSet::new(),
+            sent: BTreeSet::new(),
             window: Window::new(limits),
             start: 0,
             next: 0,
@@ -143,6 +158,8 @@ impl World {
             Op::Pump(i) => self.pump(i),
             Op::EndLine(i, done) => self.end_line(i, done),
             Op::Unblock(i) => self.unblock((i % KEYS) as u8),
+            Op::Retry(i) => self.retry(i),
+            Op::Look => self.look(),
             Op::Advance => self.advance(),
             Op::Crash => self.crash(),
         }
@@ -192,6 +209,7 @@ impl World {
             let event = self.event(attempt.seq);
             assert!(allowed(&event), "took what was not allowed");
             self.leaves(event, false);
+            self.sent.insert(event);
             self.in_flight.push((attempt, event));
         }
     }
@@ -200,11 +218,12 @@ impl World {
     fn leaves(&self, event: usize, from_line: bool) {
         let Some(key) = self.log[event].0 else { return };
         if !from_line {
-            let line = self.lines.get(&Name::Key(key));
-            assert!(
-                line.is_none_or(BTreeSet::is_empty),
-                "{event} left while its key has a line"
-            );
+            let mut line = self.lines.get(&Name::Key(key)).into_iter().flatten();
+            // What was sent before an operator's row was seen is decided first.
+            let beside = |e: &usize| {
+                self.retried.contains(e) && (self.unseen.contains(e) || self.sent.contains(&event))
+            };
+            assert!(line.all(beside), "{event} left while its key has a line");
         }
         if self.limits.per_key > 1 {
             return;
@@ -221,7 +240,11 @@ impl World {
                 "{event} left while {other} of its key is unconfirmed"
             );
         }
-        let earlier = (0..event).find(|e| self.log[*e].0 == Some(key) && !self.done.contains(e));
+        if self.retried.contains(&event) {
+            return;
+        }
+        let missing = |e: &usize| !self.done.contains(e) && !self.retried.contains(e);
+        let earlier = (0..event).find(|e| self.log[*e].0 == Some(key) && missing(e));
         assert_eq!(
             earlier, None,
             "{event} left before an earlier one of its key was through"
@@ -372,13 +395,41 @@ impl World {
         }
     }
 
+    fn retry(&mut self, i: usize) {
+        let through = |e: &&usize| self.log[**e].0.is_some() && !self.log[**e].2;
+        let Some(&event) = self.done.iter().filter(through).nth(i) else {
+            return;
+        };
+        let line = self.lines.entry(self.name(event)).or_default();
+        if line.insert(event) {
+            self.done.remove(&event);
+            self.retried.insert(event);
+            self.unseen.insert(event);
+        }
+    }
+
+    fn look(&mut self) {
+        self.unseen.clear();
+        self.block_lines();
+    }
+
+    fn block_lines(&mut self) {
+        for (name, line) in &self.lines {
+            if let (Name::Key(key), false) = (name, line.is_empty()) {
+                self.window.block(Self::key(*key));
+            }
+        }
+    }
+
     fn advance(&mut self) {
         let Some(last) = self.window.advance() else {
             return;
         };
         let passed = self.event(last) + 1;
         for event in self.prefix..passed {
-            let settled = self.done.contains(&event) || self.once_stored.contains(&event);
+            let settled = self.done.contains(&event)
+                || self.once_stored.contains(&event)
+                || self.retried.contains(&event);
             assert!(
                 settled,
                 "the prefix passed {event}, which is neither through nor in a line"
@@ -389,11 +440,9 @@ impl World {
 
     fn crash(&mut self) {
         self.window = Window::new(self.limits);
-        for (name, line) in &self.lines {
-            if let (Name::Key(key), false) = (name, line.is_empty()) {
-                self.window.block(Self::key(*key));
-            }
-        }
+        self.unseen.clear();
+        self.sent.clear();
+        self.block_lines();
         (self.start, self.next) = (self.prefix, self.prefix);
         self.in_flight.clear();
         self.stale.clear();
@@ -438,6 +487,7 @@ impl World {
             self.step(&Op::Take(usize::MAX, u8::MAX));
             self.step(&Op::TakeDeferrals(usize::MAX));
             self.step(&Op::Deferrals(Insert::Known));
+            self.step(&Op::Look);
             while !self.in_flight.is_empty() {
                 self.step(&Op::Confirm(0));
             }

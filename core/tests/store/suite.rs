@@ -11,7 +11,7 @@ use pillarbox_core::{
     Connection, Database, Outbox, Pool,
     cursor::Progress,
     error::Kind,
-    failure::{DeadLetter, Deferral, LineId},
+    failure::{DeadLetter, Deferral, Hold, LineId},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     migrate_with,
     store::{Logged, Store, Unit},
@@ -27,8 +27,10 @@ pub(crate) mod fences;
 pub(crate) mod forgetting;
 pub(crate) mod inbox;
 pub(crate) mod leases;
+pub(crate) mod letters;
 pub(crate) mod log;
 pub(crate) mod retention;
+pub(crate) mod schedule;
 pub(crate) mod schema;
 pub(crate) mod texts;
 
@@ -138,6 +140,8 @@ pub(crate) fn deferral(message: &Message) -> Deferral {
         attempts: 0,
         reason: None,
         delay: Duration::ZERO,
+        maybe_sent: false,
+        hold: Hold::None,
     }
 }
 
@@ -290,6 +294,23 @@ macro_rules! exercise {
             inbox::a_unit_that_is_dropped_rolls_back,
             inbox::a_failing_statement_spares_its_neighbours,
             inbox::a_handler_that_commits_is_found_out,
+            letters::a_list_shows_what_its_filter_names,
+            letters::a_letter_is_shown_whole_and_a_missing_one_is_named,
+            letters::a_retry_moves_a_letter_once,
+            letters::what_is_put_back_stands_first_in_its_line,
+            letters::a_discarded_event_is_not_applied_if_it_comes_again,
+            letters::a_command_for_many_keeps_its_bounds,
+            letters::a_dry_run_counts_and_changes_nothing,
+            letters::what_could_not_be_read_is_never_put_back,
+            letters::nothing_is_put_back_under_an_open_transaction,
+            schedule::a_schema_of_version_1_is_completed,
+            schedule::a_time_travels_through_the_log,
+            schedule::what_is_scheduled_stands_in_no_line_until_its_time,
+            schedule::a_lost_lease_lets_nothing_fall_due,
+            schedule::what_is_cancelled_before_its_time_never_enters_a_line,
+            schedule::an_open_cancel_decides,
+            schedule::a_parked_key_waits_for_an_operator,
+            schedule::a_lost_answer_is_remembered,
             consumer::a_source_keeps_its_position,
             consumer::a_source_made_anew_is_read_from_its_start,
             drops::dropped_calls_do_no_harm,

@@ -188,6 +188,7 @@ impl Node {
             .retry(Retry {
                 delays: vec![Duration::from_millis(200); 3],
                 jitter: 0.1,
+                ..Retry::default()
             })
             .on::<Tick>(handler)
     }

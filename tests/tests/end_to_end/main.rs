@@ -8,6 +8,8 @@ mod enqueue;
 mod failing;
 mod handlers;
 mod late;
+mod later;
+mod operators;
 mod owners;
 mod poison;
 mod refused;
@@ -26,6 +28,7 @@ fn retry(delays: &[u64]) -> Retry {
     Retry {
         delays: delays.iter().map(|ms| Duration::from_millis(*ms)).collect(),
         jitter: 0.0,
+        ..Retry::default()
     }
 }
 

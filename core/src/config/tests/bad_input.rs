@@ -88,7 +88,7 @@ fn an_unknown_key_is_placed_and_the_nearest_named() {
     );
     says(
         "[retry]\nfoo = 1",
-        "shop.toml, line 2: retry.foo: this key is unknown, expected delays or jitter",
+        "shop.toml, line 2: retry.foo: this key is unknown, expected delays, jitter or on_exhausted",
     );
     says(
         "transport.kind = 'amqp://u:canary@h'",

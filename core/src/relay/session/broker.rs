@@ -6,8 +6,8 @@ use futures_util::FutureExt;
 use pillarbox_transport::{Outcome, Publisher};
 use tokio::time::Instant;
 
-use super::{BROKER, Done, Pause, Session};
-use crate::{backoff::Backoff, error::Result, store::Logged, window::Attempt};
+use super::{BROKER, Done, Failed, Pause, Session};
+use crate::{backoff::Backoff, error::Result, failure::PARKED, store::Logged, window::Attempt};
 
 impl Session<'_> {
     pub(super) fn open(&mut self) {
@@ -103,7 +103,7 @@ impl Session<'_> {
             return;
         };
         let (topic, kind) = (event.message.topic.clone(), event.message.kind.clone());
-        self.count(&outcome);
+        self.count(&kind, &outcome);
         match outcome {
             Outcome::Unknown(e) => {
                 self.unsure.insert(attempt.seq);
@@ -121,15 +121,34 @@ impl Session<'_> {
                 self.window.settle(attempt);
             }
             Outcome::Retry(e) => match self.core.retry.after(1) {
-                Some(delay) => {
-                    self.failed.insert(attempt.seq, (1, e.to_string(), delay));
-                    self.window.defer(attempt);
-                }
-                None => self.bury(attempt, e.to_string()),
+                Some(delay) => self.fail(attempt, e.to_string(), delay, false),
+                None => self.give_up(attempt, e.to_string()),
             },
-            Outcome::Rejected(e) => self.bury(attempt, e.to_string()),
+            Outcome::Rejected(e) => self.give_up(attempt, e.to_string()),
         }
         self.answers(&topic);
+    }
+
+    fn fail(&mut self, attempt: Attempt, reason: String, delay: Duration, parked: bool) {
+        let failed = Failed {
+            attempts: 1,
+            reason,
+            delay,
+            parked,
+        };
+        self.failed.insert(attempt.seq, failed);
+        self.window.defer(attempt);
+    }
+
+    /// A dead letter, or the head of a line that waits for an operator.
+    fn give_up(&mut self, attempt: Attempt, reason: String) {
+        let message = self.window.get(attempt.seq).map(|e| &e.message);
+        if let Some(message) = message.filter(|m| self.core.parks(m)) {
+            self.log_parked(message, &reason);
+            self.fail(attempt, reason, PARKED, true);
+        } else {
+            self.bury(attempt, reason);
+        }
     }
 
     /// The broker takes events of this topic, or says what is wrong with one: it is not away.
@@ -166,9 +185,10 @@ impl Session<'_> {
         }
     }
 
-    pub(super) fn count(&self, outcome: &Outcome) {
+    pub(super) fn count(&self, kind: &str, outcome: &Outcome) {
         let name = match outcome {
             Outcome::Stored => "stored",
+            Outcome::Retry(e) | Outcome::Unavailable(e) if self.is_accepted(kind, e) => "accepted",
             Outcome::Unknown(_) => "unknown",
             Outcome::Unavailable(_) => "unavailable",
             Outcome::Retry(_) => "retry",

@@ -9,7 +9,9 @@ use super::{super::lines::LineName, BURYING, DEFERRALS, DEFERRING, Done, Session
 use crate::{
     error::{Error, Kind, Result},
     event::Key,
-    failure::{DeadLetter, Deferral, Side},
+    failure::{DeadLetter, Deferral, Hold, Side},
+    relay::RelaySettings,
+    store::Waiting,
     window::{Attempt, Seq},
 };
 
@@ -24,40 +26,42 @@ impl Session<'_> {
             .iter()
             .filter_map(|seq| {
                 let event = self.window.get(*seq)?;
-                let (attempts, reason, delay) = match self.failed.get(seq) {
-                    Some((attempts, reason, delay)) => (*attempts, Some(reason.clone()), *delay),
-                    None => (0, None, Duration::ZERO),
+                let failed = self.failed.get(seq);
+                let hold = match (failed, event.deliver_at) {
+                    (Some(failed), _) if failed.parked => Hold::Parked,
+                    (_, Some(at)) => Hold::Scheduled(at),
+                    _ => Hold::None,
                 };
                 Some(Deferral {
                     message: event.message.clone(),
                     position: event.position,
-                    attempts,
-                    reason,
-                    delay,
+                    attempts: failed.map_or(0, |f| f.attempts),
+                    reason: failed.map(|f| f.reason.clone()),
+                    delay: failed.map_or(Duration::ZERO, |f| f.delay),
+                    maybe_sent: self.unsure.contains(seq),
+                    hold,
                 })
             })
             .collect();
         let (store, lease) = (self.store.clone(), self.lease.clone());
-        let (most, per_key) = (
-            self.core.settings.deferred,
-            self.core.settings.deferred_per_key,
-        );
+        let settings = self.core.settings.clone();
         let scope = self.core.destination.to_string();
         let write = async move {
             let waiting = match store.deferred(Side::Relay, &scope).await {
                 Ok(waiting) => waiting,
-                Err(e) => return Done::Deferred(seqs, false, Err(e)),
+                Err(e) => return Done::Deferred(seqs, Vec::new(), false, Err(e)),
             };
-            if waiting.total >= most || waiting.longest >= per_key {
-                let text = format!(
-                    "{} events wait, {} of one key; the maxima are {most} and {per_key}",
-                    waiting.total, waiting.longest
-                );
-                let full = Error::new(Kind::Unavailable, "defer", text);
-                return Done::Deferred(seqs, false, Err(full));
+            let all = seqs.into_iter().zip(events);
+            let (fit, left): (Vec<_>, Vec<_>) =
+                all.partition(|(_, e)| fits(&settings, &waiting, e));
+            let (seqs, events): (Vec<_>, Vec<_>) = fit.into_iter().unzip();
+            let left: Vec<Seq> = left.into_iter().map(|(seq, _)| seq).collect();
+            if events.is_empty() {
+                let full = Error::new(Kind::Unavailable, "defer", full(&settings, &waiting));
+                return Done::Deferred(seqs, left, false, Err(full));
             }
             let result = store.defer(&lease, &events).await;
-            Done::Deferred(seqs, true, result)
+            Done::Deferred(seqs, left, true, result)
         };
         self.work.push(write.boxed());
     }
@@ -80,18 +84,26 @@ impl Session<'_> {
         for seq in seqs {
             self.failed.remove(seq);
         }
+        let scheduled = |seq: &Seq| {
+            self.window
+                .get(*seq)
+                .is_some_and(|e| e.deliver_at.is_some())
+        };
+        if seqs.iter().any(scheduled) {
+            self.due_at = Some(now);
+        }
         self.window.deferred(seqs);
         Ok(())
     }
 
     fn lines_grew(&mut self, seqs: &[Seq], now: Instant) {
         for seq in seqs {
-            let Some(event) = self.window.get(*seq) else {
+            let Some(event) = self.window.get(*seq).filter(|e| e.deliver_at.is_none()) else {
                 continue;
             };
             let id = (event.message.source().to_owned(), event.message.id.clone());
             let name = LineName::new(Key::of(&event.message), id);
-            let delay = self.failed.get(seq).map_or(Duration::ZERO, |f| f.2);
+            let delay = self.failed.get(seq).map_or(Duration::ZERO, |f| f.delay);
             self.lines.grew(name, now + delay);
         }
     }
@@ -117,6 +129,10 @@ impl Session<'_> {
             Done::Buried(attempt, dead.reason, result)
         };
         self.work.push(write.boxed());
+    }
+
+    pub(super) fn log_parked(&self, message: &pillarbox_transport::Message, reason: &str) {
+        tracing::warn!(destination = %self.core.destination, id = %message.id, kind = %message.kind, key = message.key, reason, "a key is parked");
     }
 
     pub(super) fn log_dead(&self, message: &pillarbox_transport::Message, reason: &str) {
@@ -145,4 +161,24 @@ impl Session<'_> {
             }
         }
     }
+}
+
+/// Scheduled events have a room of their own: neither fills the other's.
+fn fits(settings: &RelaySettings, waiting: &Waiting, event: &Deferral) -> bool {
+    if let Hold::Scheduled(_) = event.hold {
+        return waiting.scheduled < settings.scheduled;
+    }
+    waiting.total < settings.deferred && waiting.longest < settings.deferred_per_key
+}
+
+fn full(settings: &RelaySettings, waiting: &Waiting) -> String {
+    format!(
+        "{} events wait, {} of one key, and {} for their time; the maxima are {}, {} and {}",
+        waiting.total,
+        waiting.longest,
+        waiting.scheduled,
+        settings.deferred,
+        settings.deferred_per_key,
+        settings.scheduled
+    )
 }

@@ -8,6 +8,7 @@ use crate::{
     cursor::Progress,
     error::Result,
     event::Key,
+    failure::UNREADABLE,
     store::{Logged, Slice},
 };
 
@@ -70,6 +71,7 @@ impl Session<'_> {
             (self.poll_at, self.poll) = (now, self.core.settings.busy_poll);
         }
         for event in slice.events {
+            self.newest = self.newest.max(event.position);
             self.push(event);
         }
         Ok(())
@@ -93,7 +95,14 @@ impl Session<'_> {
                 .or_insert_with(|| source.to_string());
         }
         // A plain INSERT did not pass through enqueue's checks. Our own attributes are not held against it.
-        let refused = event.defect.take().or_else(|| {
+        let unread = event.defect.take();
+        if unread.is_some() {
+            event
+                .message
+                .attributes
+                .insert(UNREADABLE.to_owned(), "true".to_owned());
+        }
+        let refused = unread.or_else(|| {
             self.core
                 .limits
                 .check(&event.message)
@@ -111,6 +120,11 @@ impl Session<'_> {
         };
         let size = event.message.size();
         event.defect = refused;
+        // Also when its time has come already: where events fall due, it is seen whether they were cancelled.
+        if event.deliver_at.is_some() && event.defect.is_none() {
+            self.window.push_deferring(event, size);
+            return;
+        }
         self.window.push(event, key, size);
     }
 

@@ -24,9 +24,9 @@ use crate::{
     backoff::Backoff,
     cursor::Progress,
     error::{Error, Kind, Result},
-    failure::Deferred,
+    failure::{Deferred, Line},
     lease::{Acquired, Keeper, Lease},
-    store::{Logged, Slice, Store},
+    store::{Due, Logged, Slice, Store, Waiting},
     window::{Attempt, Seq, Window},
 };
 
@@ -34,6 +34,8 @@ use crate::{
 const DEFERRALS: usize = 500;
 /// Most lines looked at when a partition is taken over; the maximum of deferred events bounds them.
 const LINES: u32 = 1_000_000;
+/// How often an owner looks for lines that an operator made, where that is cheap.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What may meet trouble: each has a name of its own in the relay's health, or one that works would end another's trouble.
 pub(super) const READING: &str = "reading";
@@ -41,6 +43,8 @@ const SETTLING: &str = "settling";
 const DEFERRING: &str = "deferring";
 const BURYING: &str = "dead letters";
 const LINE: &str = "deferred events";
+const LOOKING: &str = "operators' commands";
+const SCHEDULE: &str = "scheduled events";
 const BROKER: &str = "broker";
 
 /// What was under way and is done.
@@ -48,12 +52,24 @@ enum Done {
     Opened(Result<Box<dyn Publisher>, pillarbox_transport::Error>),
     Read(Result<Slice>),
     Published(Vec<Attempt>, Vec<Outcome>),
-    Deferred(Vec<Seq>, bool, Result<()>),
+    /// Written, left for later because their room is full, and whether it came to the insert.
+    Deferred(Vec<Seq>, Vec<Seq>, bool, Result<()>),
     Buried(Attempt, String, Result<()>),
     Settled(Progress, Instant, Result<()>),
     Line(LineName, Result<Option<Deferred>>),
     LinePublished(LineName, Box<Deferred>, Outcome),
     LineResolved(LineName, Option<Duration>, Result<()>),
+    Looked(Instant, Result<(Waiting, Vec<Line>)>),
+    FellDue(Result<Due>),
+    Noted(LineName, Result<()>),
+}
+
+/// What became of an event that goes into its line.
+struct Failed {
+    attempts: u32,
+    reason: String,
+    delay: Duration,
+    parked: bool,
 }
 
 /// A topic that the broker cannot take now.
@@ -79,7 +95,7 @@ struct Session<'a> {
     trail: Trail,
     lines: Lines,
     /// Failed attempts of events that are on their way into a line.
-    failed: HashMap<Seq, (u32, String, Duration)>,
+    failed: HashMap<Seq, Failed>,
     /// Events that may have been sent: an answer was lost.
     unsure: HashSet<Seq>,
     paused: HashMap<String, Pause>,
@@ -92,6 +108,14 @@ struct Session<'a> {
 
     deferring: bool,
     defer_at: Instant,
+
+    looking: bool,
+    look_at: Instant,
+
+    /// When a scheduled event's time comes next; none while none is scheduled, or while they are looked at.
+    due_at: Option<Instant>,
+    /// The highest position read: what falls due now comes behind it.
+    newest: i64,
 
     settling: bool,
     settle_at: Instant,
@@ -161,6 +185,10 @@ impl<'a> Session<'a> {
             read_backoff: Backoff::connection(),
             deferring: false,
             defer_at: now,
+            looking: false,
+            look_at: now + LOOK,
+            due_at: Some(now),
+            newest: 0,
             settling: false,
             settle_at: now,
             unsettled: None,
@@ -251,6 +279,18 @@ impl<'a> Session<'a> {
         if self.draining {
             return next;
         }
+        if !self.looking {
+            if self.look_at <= now {
+                self.look(now)
+            } else {
+                at(self.look_at)
+            }
+        }
+        match self.due_at {
+            Some(due) if due <= now => self.fall_due(),
+            Some(due) => at(due),
+            None => {}
+        }
         if !self.reading && self.wants_more() {
             if self.poll_at <= now {
                 self.read()
@@ -291,7 +331,10 @@ impl<'a> Session<'a> {
             Done::Opened(opened) => self.opened(opened),
             Done::Read(read) => return self.read_done(read),
             Done::Published(attempts, outcomes) => self.published(&attempts, outcomes),
-            Done::Deferred(seqs, tried, result) => return self.deferred(&seqs, tried, result),
+            Done::Deferred(seqs, left, tried, result) => {
+                self.window.not_deferred(&left);
+                return self.deferred(&seqs, tried, result);
+            }
             Done::Buried(attempt, reason, result) => return self.buried(attempt, &reason, result),
             Done::Settled(progress, sent, result) => return self.settled(progress, sent, result),
             Done::Line(name, head) => return self.line_loaded(name, head),
@@ -299,6 +342,9 @@ impl<'a> Session<'a> {
             Done::LineResolved(name, again, result) => {
                 return self.line_resolved(&name, again, result);
             }
+            Done::Looked(begun, lines) => return self.looked(begun, lines),
+            Done::FellDue(due) => return self.fell_due(due),
+            Done::Noted(name, result) => return self.line_noted(&name, result),
         }
         Ok(())
     }

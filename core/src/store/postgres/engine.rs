@@ -234,6 +234,7 @@ impl Engine {
         bound: Duration,
         durable: bool,
         mark: &str,
+        barrier: i64,
     ) -> Result<(Session, OwnedSemaphorePermit)> {
         let permit = tokio::time::timeout(bound, Arc::clone(&self.units).acquire_owned()).await;
         let Ok(Ok(permit)) = permit else {
@@ -246,7 +247,7 @@ impl Engine {
             ""
         };
         let begin = format!(
-            "{}{durable}; SET LOCAL pillarbox.unit = '{mark}'",
+            "{}{durable}; SET LOCAL pillarbox.unit = '{mark}'; SELECT pg_advisory_xact_lock_shared({barrier})",
             begin_text(bound)
         );
         Ok((self.begun(operation, begin).await?, permit))

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     error::Result,
     event::Key,
-    failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
+    failure::{DeadLetter, Deferral, Deferred, Hold, Line, LineId, PARKED, Resolution, Side},
     lease::{Lease, LeaseKey},
     store::{Waiting, millis},
 };
@@ -35,6 +35,8 @@ pub(super) struct Statements {
     alone: Text,
     done: Text,
     again: Text,
+    unsure: Text,
+    park: Text,
     dead: Text,
     counts: Text,
     uncopied: Text,
@@ -42,15 +44,15 @@ pub(super) struct Statements {
 }
 
 /// What a message's row holds, in the order of [`Columns::bind`].
-const MESSAGE: &str = "time, source, id, topic, type, key, attributes, headers, payload";
-const WAITS: &str =
+pub(super) const MESSAGE: &str = "time, source, id, topic, type, key, attributes, headers, payload";
+pub(super) const WAITS: &str =
     "greatest(0, ceil(extract(epoch FROM due - clock_timestamp()) * 1000))::bigint AS due_in";
 
-/// Messages as arrays, $4 to $15, and one array more that [`Statements::defer`] and [`Statements::bury`] give.
+/// Messages as arrays, $4 to $15, and those that [`Statements::defer`] and [`Statements::bury`] add.
 const ROWS: &str = "unnest($4::bigint[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::text[], \
-                    $11::text[], $12::bytea[], $13::bigint[], $14::int[], $15::text[], $16::{more}[]) WITH ORDINALITY \
+                    $11::text[], $12::bytea[], $13::bigint[], $14::int[], $15::text[], {more}) WITH ORDINALITY \
                     AS r (time, source, id, topic, type, key, attributes, headers, payload, position, attempts, reason, \
-                    more, n) ORDER BY r.n ON CONFLICT DO NOTHING";
+                    {names}, n) ORDER BY r.n ON CONFLICT DO NOTHING";
 /// One of them, in the order of [`MESSAGE`].
 const ROW: &str = "timestamptz 'epoch' + r.time * interval '1 microsecond', r.source, r.id, r.topic, r.type, r.key, \
                    r.attributes::jsonb, r.headers::jsonb, r.payload, r.position, r.attempts, r.reason";
@@ -61,7 +63,8 @@ impl Statements {
         let text = |template: String| Text::from(template.replace("{schema}", &schema));
         let deferred = "{schema}.deferred";
         let lined = format!(
-            "SELECT {MESSAGE}, position, attempts, {WAITS} FROM {deferred} d WHERE d.side = $1 AND d.scope = $2 AND"
+            "SELECT {MESSAGE}, position, attempts, maybe_sent, {WAITS} FROM {deferred} d \
+             WHERE d.side = $1 AND d.scope = $2 AND NOT d.scheduled AND"
         );
         Self {
             defer: text(defer()),
@@ -70,7 +73,7 @@ impl Statements {
             lines: text(format!(
                 "SELECT topic, key, source, id, {WAITS} FROM ( \
                    SELECT DISTINCT ON (d.line, d.topic, d.key) d.line, d.topic, d.key, d.source, d.id, d.due \
-                   FROM {deferred} d WHERE d.side = $1 AND d.scope = $2 AND d.shard = $3 \
+                   FROM {deferred} d WHERE d.side = $1 AND d.scope = $2 AND d.shard = $3 AND NOT d.scheduled \
                    ORDER BY d.line, d.topic, d.key, d.position, d.seq) head ORDER BY due, line LIMIT $4"
             )),
             line: text(within_budget(&format!(
@@ -85,9 +88,20 @@ impl Statements {
                    first_failure = coalesce(first_failure, clock_timestamp()) \
                  WHERE side = $1 AND scope = $2 AND source = $3 AND id = $4"
             )),
+            unsure: text(format!(
+                "UPDATE {deferred} SET maybe_sent = true WHERE side = $1 AND scope = $2 AND source = $3 AND id = $4"
+            )),
+            park: text(format!(
+                "UPDATE {deferred} SET parked = true, attempts = $5, reason = $6, last_failure = clock_timestamp(), \
+                   due = clock_timestamp() + $7 * interval '1 millisecond', \
+                   first_failure = coalesce(first_failure, clock_timestamp()) \
+                 WHERE side = $1 AND scope = $2 AND source = $3 AND id = $4"
+            )),
             counts: text(format!(
-                "SELECT coalesce(sum(n), 0)::bigint AS total, coalesce(max(n), 0) AS longest FROM ( \
-                   SELECT count(*) AS n FROM {deferred} WHERE side = $1 AND scope = $2 \
+                "SELECT coalesce(sum(n), 0)::bigint AS total, coalesce(max(n), 0) AS longest, \
+                   coalesce(sum(p), 0)::bigint AS parked, coalesce(sum(s), 0)::bigint AS scheduled FROM ( \
+                   SELECT count(*) FILTER (WHERE NOT scheduled) AS n, count(*) FILTER (WHERE parked) AS p, \
+                     count(*) FILTER (WHERE scheduled) AS s FROM {deferred} WHERE side = $1 AND scope = $2 \
                    GROUP BY line, topic, key) lines"
             )),
             uncopied: text(within_budget(&format!(
@@ -108,12 +122,25 @@ impl Statements {
     pub(super) fn defer(&self, place: &Place, events: &[Deferral]) -> Query<'static> {
         let mut columns = Columns::default();
         let mut delays = Vec::new();
+        let (mut maybe_sent, mut parked, mut at) = (Vec::new(), Vec::new(), Vec::new());
         for e in events {
             let reason = e.reason.as_deref().map(row::reason);
             columns.push(&e.message, e.position, e.attempts, reason);
-            delays.push(wait(e.delay));
+            let is_parked = e.hold == Hold::Parked;
+            delays.push(wait(if is_parked { PARKED } else { e.delay }));
+            maybe_sent.push(e.maybe_sent);
+            parked.push(is_parked);
+            at.push(match e.hold {
+                Hold::Scheduled(at) => Some(row::micros(at)),
+                Hold::None | Hold::Parked => None,
+            });
         }
-        columns.bind(place.bind(query(&self.defer))).bind(delays)
+        columns
+            .bind(place.bind(query(&self.defer)))
+            .bind(delays)
+            .bind(maybe_sent)
+            .bind(parked)
+            .bind(at)
     }
 
     /// Events to `dead_letter`, as one statement, out of their lines if they have waited.
@@ -146,6 +173,11 @@ impl Statements {
                 .bind(count(*attempts))
                 .bind(row::reason(reason))
                 .bind(wait(*delay)),
+            Resolution::Unsure => named(&self.unsure),
+            Resolution::Park { attempts, reason } => named(&self.park)
+                .bind(count(*attempts))
+                .bind(row::reason(reason))
+                .bind(wait(PARKED)),
             Resolution::Dead { attempts, reason } => named(&self.dead)
                 .bind(count(*attempts))
                 .bind(row::reason(reason)),
@@ -162,9 +194,15 @@ fn defer() -> String {
     let failed = "CASE WHEN r.attempts > 0 THEN clock_timestamp() END";
     format!(
         "INSERT INTO {{schema}}.deferred (side, scope, shard, {MESSAGE}, position, attempts, reason, due, \
-           first_failure, last_failure) \
-         SELECT $1, $2, $3, {ROW}, clock_timestamp() + r.more * interval '1 millisecond', {failed}, {failed} FROM {}",
-        ROWS.replace("{more}", "bigint")
+           first_failure, last_failure, maybe_sent, parked, scheduled) \
+         SELECT $1, $2, $3, {ROW}, coalesce(timestamptz 'epoch' + r.at * interval '1 microsecond', \
+             clock_timestamp() + r.delay * interval '1 millisecond'), \
+           {failed}, {failed}, r.maybe_sent, r.parked, r.at IS NOT NULL FROM {}",
+        ROWS.replace(
+            "{more}",
+            "$16::bigint[], $17::bool[], $18::bool[], $19::bigint[]"
+        )
+        .replace("{names}", "delay, maybe_sent, parked, at")
     )
 }
 
@@ -173,11 +211,12 @@ fn bury() -> String {
     format!(
         "INSERT INTO {{schema}}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
            first_failure, last_failure) \
-         SELECT $1, $2, $3, {ROW}, r.more, \
+         SELECT $1, $2, $3, {ROW}, r.maybe_sent, \
            coalesce((SELECT d.first_failure FROM {{schema}}.leave_line($1, $2, r.source, r.id) d), clock_timestamp()), \
            clock_timestamp() \
          FROM {}",
-        ROWS.replace("{more}", "boolean")
+        ROWS.replace("{more}", "$16::bool[]")
+            .replace("{names}", "maybe_sent")
     )
 }
 
@@ -186,7 +225,7 @@ fn dead() -> String {
     format!(
         "INSERT INTO {{schema}}.dead_letter (side, scope, shard, {MESSAGE}, position, attempts, reason, maybe_sent, \
            first_failure, last_failure) \
-         SELECT side, scope, shard, {MESSAGE}, position, $5, $6, false, \
+         SELECT side, scope, shard, {MESSAGE}, position, $5, $6, maybe_sent, \
            coalesce(first_failure, clock_timestamp()), clock_timestamp() \
          FROM {{schema}}.leave_line($1, $2, $3, $4) ON CONFLICT DO NOTHING"
     )
@@ -234,7 +273,7 @@ impl Place {
         }
     }
 
-    fn bind<'q>(&self, q: Query<'q>) -> Query<'q> {
+    pub(super) fn bind<'q>(&self, q: Query<'q>) -> Query<'q> {
         self.bind_scope(q).bind(self.shard)
     }
 
@@ -328,7 +367,11 @@ impl Inner {
         id: &LineId,
         resolution: &Resolution,
     ) -> Result<()> {
-        let commit = Commit::durable(matches!(resolution, Resolution::Dead { .. }));
+        let given_up = matches!(
+            resolution,
+            Resolution::Dead { .. } | Resolution::Park { .. }
+        );
+        let commit = Commit::durable(given_up);
         let statement = self.failure.resolve(&Place::of(&lease.key), id, resolution);
         self.write("end an attempt", lease, commit, vec![statement])
             .await
@@ -436,6 +479,8 @@ impl Inner {
         Ok(Waiting {
             total: read("total")?,
             longest: read("longest")?,
+            parked: read("parked")?,
+            scheduled: read("scheduled")?,
         })
     }
 
@@ -453,7 +498,7 @@ impl Inner {
     }
 }
 
-fn line(row: &PgRow) -> sqlx::Result<Line> {
+pub(super) fn line(row: &PgRow) -> sqlx::Result<Line> {
     let topic: String = row.try_get("topic")?;
     let key: Option<String> = row.try_get("key")?;
     Ok(Line {
@@ -472,6 +517,7 @@ fn deferred(row: &PgRow) -> sqlx::Result<Deferred> {
         position: row.try_get("position")?,
         attempts: attempts(row)?,
         due_in: due_in(row)?,
+        maybe_sent: row.try_get("maybe_sent")?,
     })
 }
 

@@ -44,7 +44,7 @@ impl Statements {
         let rows = |from: &str, cut: &str| {
             format!(
                 "SELECT b.position, b.id, b.created_at, b.topic, b.type, b.key, b.payload, b.version, b.content_type, \
-                        b.attributes, b.headers, CASE WHEN b.n = 1 THEN {cut} END AS cut, \
+                        b.attributes, b.headers, b.deliver_at, CASE WHEN b.n = 1 THEN {cut} END AS cut, \
                         CASE WHEN b.n = 1 THEN b.here::text END AS gate \
                  FROM (SELECT b.*, l.*, row_number() OVER whole AS n, \
                               sum(coalesce(octet_length(b.payload), 0)) OVER whole AS bytes \
@@ -253,6 +253,7 @@ fn logged(row: &PgRow) -> sqlx::Result<Logged> {
             attributes,
             headers,
         },
+        deliver_at: row::deliver_at(row, "deliver_at")?,
         defect: defects.into_iter().flatten().next(),
     })
 }

@@ -6,9 +6,11 @@
 mod engine;
 mod failure;
 mod lease;
+mod letters;
 mod log;
 mod retention;
 mod row;
+mod schedule;
 mod schema;
 mod unit;
 
@@ -22,8 +24,9 @@ use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting};
+use super::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting};
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -43,6 +46,8 @@ struct Inner {
     lease: lease::Statements,
     log: log::Statements,
     failure: failure::Statements,
+    letters: letters::Statements,
+    schedule: schedule::Statements,
     unit: unit::Statements,
     retention: retention::Statements,
 }
@@ -57,6 +62,8 @@ impl Postgres {
             lease: lease::Statements::new(schema),
             log: log::Statements::new(schema),
             failure: failure::Statements::new(schema),
+            letters: letters::Statements::new(schema),
+            schedule: schedule::Statements::new(schema),
             unit: unit::Statements::new(schema),
             retention: retention::Statements::new(schema),
         }))
@@ -194,6 +201,12 @@ impl Store for Postgres {
         self.held("end an attempt", work).await
     }
 
+    async fn fall_due(&self, lease: &Lease, position: i64, limit: u32) -> Result<Due> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.fall_due(&lease, position, limit).await };
+        self.held("let events fall due", work).await
+    }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         let (inner, scope) = (self.inner(), scope.to_owned());
         let work = async move { inner.waiting(side, &scope).await };
@@ -264,5 +277,47 @@ impl Store for Postgres {
         let (inner, lease) = (self.inner(), lease.clone());
         let work = async move { inner.trim_dead_letters(&lease, side, keep, most).await };
         to_its_end("trim dead letters", retention::DEADLINE, work).await
+    }
+
+    async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {
+        let (inner, letters) = (self.inner(), letters.clone());
+        let work = async move { inner.letters(&letters).await };
+        to_its_end("list dead letters", DEADLINE, work).await
+    }
+
+    async fn letter(&self, id: &LetterId) -> Result<Option<Shown>> {
+        let (inner, id) = (self.inner(), id.clone());
+        let work = async move { inner.letter(&id).await };
+        to_its_end("show a dead letter", DEADLINE, work).await
+    }
+
+    async fn count_letters(&self, filter: &Filter) -> Result<DryRun> {
+        let (inner, filter) = (self.inner(), filter.clone());
+        let work = async move { inner.count_letters(&filter).await };
+        to_its_end("count dead letters", DEADLINE, work).await
+    }
+
+    async fn newer(&self, id: &LetterId) -> Result<u64> {
+        let (inner, id) = (self.inner(), id.clone());
+        let work = async move { inner.newer(&id).await };
+        to_its_end("count newer events", DEADLINE, work).await
+    }
+
+    async fn waits(&self, id: &LetterId) -> Result<bool> {
+        let (inner, id) = (self.inner(), id.clone());
+        let work = async move { inner.waits(&id).await };
+        to_its_end("look for a waiting event", DEADLINE, work).await
+    }
+
+    async fn retry_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (inner, scope, ids) = (self.inner(), scope.to_owned(), ids.to_vec());
+        let work = async move { inner.retry(side, &scope, &ids).await };
+        to_its_end("retry dead letters", DEADLINE, work).await
+    }
+
+    async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (inner, scope, ids) = (self.inner(), scope.to_owned(), ids.to_vec());
+        let work = async move { inner.discard(side, &scope, &ids).await };
+        to_its_end("discard dead letters", DEADLINE, work).await
     }
 }

@@ -74,6 +74,14 @@ pub(super) fn time(row: &PgRow, column: &str) -> sqlx::Result<SystemTime> {
     Ok(time.unwrap_or(UNIX_EPOCH))
 }
 
+/// A time that may be missing, or lie beyond all times.
+pub(super) fn deliver_at(row: &PgRow, column: &str) -> sqlx::Result<Option<SystemTime>> {
+    if raw(row, column)?.is_none() {
+        return Ok(None);
+    }
+    time(row, column).map(Some)
+}
+
 /// Microseconds since 1970, within what PostgreSQL's times can say.
 pub(super) fn micros(time: SystemTime) -> i64 {
     const LEAST: i64 = -200_000_000_000_000_000;
@@ -178,6 +186,15 @@ fn fnv(bytes: &[u8]) -> u128 {
     bytes
         .iter()
         .fold(OFFSET, |h, b| (h ^ u128::from(*b)).wrapping_mul(PRIME))
+}
+
+/// A number for a name: the same in every release.
+pub(super) fn hash(name: &str) -> i64 {
+    let bytes = fnv(name.as_bytes()).to_be_bytes();
+    bytes
+        .iter()
+        .take(8)
+        .fold(0, |h, b| (h << 8) | i64::from(*b))
 }
 
 /// A message of `deferred` or `dead_letter`.

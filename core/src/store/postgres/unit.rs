@@ -154,9 +154,13 @@ impl Work {
     ) -> Result<Self> {
         inner.engine.heed(term);
         let mark = Uuid::new_v4().to_string();
-        let begun = inner
-            .engine
-            .begin_unit("begin", term.statement(), durable, &mark);
+        let begun = inner.engine.begin_unit(
+            "begin",
+            term.statement(),
+            durable,
+            &mark,
+            barrier(&inner.name, group),
+        );
         let (session, permit) = begun.await?;
         Ok(Self {
             inner,
@@ -349,6 +353,12 @@ impl Unit for Work {
         })
         .await
     }
+}
+
+/// The advisory lock that every transaction of a group shares, and that an operator takes alone to put dead letters back: a
+/// transaction that has probed its keys before must not apply a newer event of a key beside its line's head.
+pub(super) fn barrier(schema: &str, group: &str) -> i64 {
+    row::hash(&format!("pillarbox unit {schema} {group}"))
 }
 
 fn ended(operation: &'static str) -> Error {

@@ -8,7 +8,7 @@ use sqlx::{Row as _, sqlite::SqliteRow};
 use crate::{
     error::Result,
     event::Key,
-    failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
+    failure::{DeadLetter, Deferral, Deferred, Hold, Line, LineId, PARKED, Resolution, Side},
     lease::{Lease, LeaseKey},
     store::Waiting,
 };
@@ -20,9 +20,9 @@ use super::{
 
 /// Whose exceptions: the columns (side, scope, shard).
 pub(super) struct Place {
-    side: Side,
-    scope: String,
-    shard: u16,
+    pub(super) side: Side,
+    pub(super) scope: String,
+    pub(super) shard: u16,
 }
 
 impl Place {
@@ -45,6 +45,19 @@ impl Place {
         }
     }
 
+    /// An operator's: of no shard.
+    pub(super) fn on(side: Side, scope: &str) -> Self {
+        Self {
+            side,
+            scope: scope.to_owned(),
+            shard: 0,
+        }
+    }
+
+    pub(super) fn is_consumer(&self) -> bool {
+        self.side == Side::Consumer
+    }
+
     pub(super) fn group(group: &str) -> Self {
         Self {
             side: Side::Consumer,
@@ -58,16 +71,26 @@ impl Place {
 pub(super) async fn defer(tx: &mut Transaction, place: &Place, event: &Deferral) -> Result<()> {
     let sql = tx.names().sql(
         "INSERT INTO {p}deferred (side, scope, shard, source, id, topic, type, key, payload, headers, attributes, time, \
-         position, attempts, reason, first_failure, last_failure, due) \
+         position, attempts, reason, first_failure, last_failure, due, maybe_sent, parked, scheduled) \
          VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, \
-         CASE WHEN ?14 > 0 THEN {now} END, CASE WHEN ?14 > 0 THEN {now} END, {now} + ?16) \
+         CASE WHEN ?14 > 0 THEN {now} END, CASE WHEN ?14 > 0 THEN {now} END, coalesce(?19, {now} + ?16), ?17, ?18, \
+         ?19 IS NOT NULL) \
          ON CONFLICT (side, scope, source, id) DO NOTHING",
     );
+    let parked = event.hold == Hold::Parked;
+    let delay = if parked { PARKED } else { event.delay };
+    let at = match event.hold {
+        Hold::Scheduled(at) => Some(row::instant(at)),
+        Hold::None | Hold::Parked => None,
+    };
     let query = bind(sqlx::query(sql), place, &event.message)
         .bind(event.position)
         .bind(event.attempts)
         .bind(event.reason.as_deref().map(row::reason))
-        .bind(row::micros(event.delay));
+        .bind(row::micros(delay))
+        .bind(event.maybe_sent)
+        .bind(parked)
+        .bind(at);
     tx.run(query).await.map(drop)
 }
 
@@ -112,12 +135,30 @@ pub(super) async fn resolve(
                 .bind(row::micros(*delay));
             tx.run(query).await.map(drop)
         }
+        Resolution::Unsure => {
+            let sql = tx.names().sql(
+                "UPDATE {p}deferred SET maybe_sent = 1 WHERE side = ?1 AND scope = ?2 AND source = ?3 AND id = ?4",
+            );
+            tx.run(name(sqlx::query(sql), place, id)).await.map(drop)
+        }
+        Resolution::Park { attempts, reason } => {
+            let sql = tx.names().sql(
+                "UPDATE {p}deferred SET parked = 1, attempts = ?5, reason = ?6, due = {now} + ?7, \
+                 first_failure = coalesce(first_failure, {now}), last_failure = {now} \
+                 WHERE side = ?1 AND scope = ?2 AND source = ?3 AND id = ?4",
+            );
+            let query = name(sqlx::query(sql), place, id)
+                .bind(*attempts)
+                .bind(row::reason(reason))
+                .bind(row::micros(PARKED));
+            tx.run(query).await.map(drop)
+        }
         Resolution::Dead { attempts, reason } => {
             let sql = tx.names().sql(
                 "INSERT INTO {p}dead_letter (side, scope, shard, source, id, topic, type, key, payload, headers, \
                  attributes, time, position, attempts, reason, first_failure, last_failure, maybe_sent) \
                  SELECT side, scope, shard, source, id, topic, type, key, payload, headers, attributes, time, position, \
-                 ?5, ?6, coalesce(first_failure, {now}), {now}, 0 FROM {p}deferred \
+                 ?5, ?6, coalesce(first_failure, {now}), {now}, maybe_sent FROM {p}deferred \
                  WHERE side = ?1 AND scope = ?2 AND source = ?3 AND id = ?4 \
                  ON CONFLICT (side, scope, source, id) DO NOTHING",
             );
@@ -146,9 +187,9 @@ pub(super) async fn lines(engine: &Engine, lease: &Lease, limit: u32) -> Result<
     // Walks by due time; each row is asked whether somebody stands before it.
     let sql = names.sql(
         "SELECT topic, key, source, id, due - {now} FROM {p}deferred d \
-         WHERE side = ?1 AND scope = ?2 AND shard = ?3 AND (key IS NULL OR NOT EXISTS ( \
+         WHERE side = ?1 AND scope = ?2 AND shard = ?3 AND NOT scheduled AND (key IS NULL OR NOT EXISTS ( \
            SELECT 1 FROM {p}deferred b WHERE b.side = ?1 AND b.scope = ?2 AND b.topic = d.topic AND b.key = d.key \
-           AND (b.position, b.seq) < (d.position, d.seq))) \
+           AND NOT b.scheduled AND (b.position, b.seq) < (d.position, d.seq))) \
          ORDER BY due, seq LIMIT ?4",
     );
     let rows = sqlx::query(sql)
@@ -186,7 +227,8 @@ pub(super) async fn line(
     let (names, place) = (engine.names(), Place::of(&lease.key));
     let mut reader = engine.reader(OPERATION).await?;
     let statement = format!(
-        "SELECT {}, position, attempts, due - {{now}} AS due_in FROM {{p}}deferred WHERE side = ?1 AND scope = ?2 AND {} \
+        "SELECT {}, position, attempts, maybe_sent, due - {{now}} AS due_in FROM {{p}}deferred \
+         WHERE side = ?1 AND scope = ?2 AND NOT scheduled AND {} \
          ORDER BY position, seq LIMIT ?5",
         row::MESSAGE,
         match key {
@@ -212,6 +254,7 @@ pub(super) async fn line(
             position: row.try_get("position")?,
             attempts: row.try_get("attempts")?,
             due_in: until(row.try_get("due_in")?),
+            maybe_sent: row.try_get("maybe_sent")?,
         })
     };
     rows.and_then(|rows| rows.iter().map(deferred).collect())
@@ -224,10 +267,12 @@ pub(super) async fn waiting(engine: &Engine, side: Side, scope: &str) -> Result<
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
     let sql = names.sql(
-        "SELECT coalesce(sum(n), 0), coalesce(max(CASE WHEN key IS NULL THEN 1 ELSE n END), 0) FROM ( \
-         SELECT key, count(*) AS n FROM {p}deferred WHERE side = ? AND scope = ? GROUP BY topic, key)",
+        "SELECT coalesce(sum(n), 0), coalesce(max(CASE WHEN key IS NULL THEN min(n, 1) ELSE n END), 0), \
+         coalesce(sum(p), 0), coalesce(sum(s), 0) FROM ( \
+         SELECT key, sum(NOT scheduled) AS n, sum(parked) AS p, sum(scheduled) AS s FROM {p}deferred \
+         WHERE side = ? AND scope = ? GROUP BY topic, key)",
     );
-    let (total, longest): (i64, i64) = sqlx::query_as(sql)
+    let (total, longest, parked, scheduled): (i64, i64, i64, i64) = sqlx::query_as(sql)
         .bind(side.as_str())
         .bind(scope.to_owned())
         .fetch_one(&mut *reader)
@@ -236,6 +281,8 @@ pub(super) async fn waiting(engine: &Engine, side: Side, scope: &str) -> Result<
     Ok(Waiting {
         total: total.unsigned_abs(),
         longest: longest.unsigned_abs(),
+        parked: parked.unsigned_abs(),
+        scheduled: scheduled.unsigned_abs(),
     })
 }
 
@@ -282,7 +329,7 @@ pub(super) async fn copied(tx: &mut Transaction, place: &Place, ids: &[LineId]) 
 type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, sqlx::sqlite::SqliteArguments>;
 
 /// `?1` to `?4`: which exception.
-fn name<'q>(query: Query<'q>, place: &'q Place, id: &'q LineId) -> Query<'q> {
+pub(super) fn name<'q>(query: Query<'q>, place: &'q Place, id: &'q LineId) -> Query<'q> {
     query
         .bind(place.side.as_str())
         .bind(place.scope.as_str())
@@ -307,6 +354,6 @@ fn bind<'q>(query: Query<'q>, place: &'q Place, message: &'q Message) -> Query<'
         .bind(row::instant(message.time))
 }
 
-fn until(micros: i64) -> Duration {
+pub(super) fn until(micros: i64) -> Duration {
     Duration::from_micros(u64::try_from(micros).unwrap_or(0))
 }

@@ -5,10 +5,12 @@
 
 mod failure;
 mod lease;
+mod letters;
 mod log;
 mod pool;
 mod retention;
 mod row;
+mod schedule;
 mod schema;
 mod unit;
 
@@ -19,6 +21,7 @@ use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
+    admin::{DryRun, Filter, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -26,7 +29,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Cleaned, Gate, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    store::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -197,6 +200,19 @@ impl Store for Sqlite {
             .await
     }
 
+    async fn fall_due(&self, lease: &Lease, position: i64, limit: u32) -> Result<Due> {
+        let lease = lease.clone();
+        self.engine
+            .write("let events fall due", move |tx| {
+                Box::pin(async move {
+                    lease::fence(tx, &lease).await?;
+                    let place = failure::Place::of(&lease.key);
+                    schedule::fall_due(tx, &place, position, limit).await
+                })
+            })
+            .await
+    }
+
     async fn deferred(&self, side: Side, scope: &str) -> Result<Waiting> {
         failure::waiting(&self.engine, side, scope).await
     }
@@ -253,5 +269,43 @@ impl Store for Sqlite {
         most: u64,
     ) -> Result<Vec<Trimmed>> {
         retention::trim_dead_letters(&self.engine, lease, side, keep, most).await
+    }
+
+    async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {
+        letters::list(&self.engine, letters).await
+    }
+
+    async fn letter(&self, id: &LetterId) -> Result<Option<Shown>> {
+        letters::show(&self.engine, id).await
+    }
+
+    async fn count_letters(&self, filter: &Filter) -> Result<DryRun> {
+        letters::count(&self.engine, filter).await
+    }
+
+    async fn newer(&self, id: &LetterId) -> Result<u64> {
+        letters::newer(&self.engine, id).await
+    }
+
+    async fn waits(&self, id: &LetterId) -> Result<bool> {
+        letters::waits(&self.engine, id).await
+    }
+
+    async fn retry_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (place, ids) = (failure::Place::on(side, scope), ids.to_vec());
+        self.engine
+            .write("retry dead letters", move |tx| {
+                Box::pin(async move { letters::retry(tx, &place, &ids).await })
+            })
+            .await
+    }
+
+    async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64> {
+        let (place, ids) = (failure::Place::on(side, scope), ids.to_vec());
+        self.engine
+            .write("discard dead letters", move |tx| {
+                Box::pin(async move { letters::discard(tx, &place, &ids).await })
+            })
+            .await
     }
 }

@@ -15,7 +15,7 @@ use crate::store::Logged;
 const REASON_BYTES: usize = 4_000;
 
 /// The columns of the log, as bytes where a plain INSERT may have put anything.
-pub(super) const LOGGED: &str = "position, CAST(created_at AS INTEGER) AS time, CAST(version AS INTEGER) AS version, \
+pub(super) const LOGGED: &str = "position, CAST(created_at AS INTEGER) AS time, CAST(deliver_at AS INTEGER) AS deliver_at, CAST(version AS INTEGER) AS version, \
      CAST(payload AS BLOB) AS payload, CAST(id AS BLOB) AS id, CAST(topic AS BLOB) AS topic, CAST(type AS BLOB) AS type, \
      CAST(key AS BLOB) AS key, CAST(content_type AS BLOB) AS content_type, CAST(headers AS BLOB) AS headers, \
      CAST(attributes AS BLOB) AS attributes";
@@ -36,7 +36,7 @@ pub(super) fn instant(time: SystemTime) -> i64 {
     }
 }
 
-fn time(instant: i64) -> SystemTime {
+pub(super) fn time(instant: i64) -> SystemTime {
     let distance = Duration::from_micros(instant.unsigned_abs());
     let time = if instant < 0 {
         UNIX_EPOCH.checked_sub(distance)
@@ -81,6 +81,7 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
     let payload: Option<Vec<u8>> = row.try_get("payload")?;
     Ok(Logged {
         position: row.try_get("position")?,
+        deliver_at: row.try_get::<Option<i64>, _>("deliver_at")?.map(time),
         message: Message {
             id,
             time: time(row.try_get("time")?),

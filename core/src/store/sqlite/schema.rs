@@ -7,8 +7,12 @@ use crate::{
 
 use super::pool::{Engine, Transaction};
 
-/// The steps from each version to the next. A step only adds to what is there, and changes nothing when it runs again.
-const STEPS: [&str; 2] = [include_str!("schema.sql"), include_str!("retention.sql")];
+/// The steps from each version to the next. A step only adds, and is never changed once released.
+const STEPS: &[(i32, &str)] = &[
+    (1, include_str!("schema.sql")),
+    (2, include_str!("retention.sql")),
+    (3, include_str!("schema_3.sql")),
+];
 const OPERATION: &str = "open schema";
 
 /// Makes what is missing. Its transaction holds the writer's lock, so that others who do the same wait.
@@ -21,6 +25,7 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
     .fetch_one(tx.connection())
     .await
     .map_err(|e| tx.failed(e))?;
+    let mut found = 0;
     if exists {
         let query = tx
             .names()
@@ -33,8 +38,9 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
         if version >= SCHEMA_VERSION {
             return Ok(());
         }
+        found = version;
     }
-    for step in STEPS {
+    for (_, step) in STEPS.iter().filter(|(to, _)| *to > found) {
         let step = tx.names().sql(step);
         sqlx::raw_sql(step)
             .execute(tx.connection())

@@ -20,7 +20,7 @@ use super::{
 };
 
 /// The length of an inbox slot: six hours of event time, in microseconds.
-const SLOT: i64 = 6 * 3600 * 1_000_000;
+pub(super) const SLOT: i64 = 6 * 3600 * 1_000_000;
 
 pub(super) struct SqliteUnit {
     tx: Transaction,

@@ -72,18 +72,39 @@ async fn any_language_enqueues_by_a_function() {
 }
 
 #[tokio::test]
-async fn a_time_of_delivery_is_refused_for_now() {
-    let Some((db, _)) = Db::migrated().await else {
+async fn any_time_of_delivery_can_be_read() {
+    let Some((db, database)) = Db::migrated().await else {
         return;
     };
     let mut raw = db.raw().await;
     for statement in [
-        "INSERT INTO {outbox} (topic, type, payload, deliver_at) VALUES ('t', 'a', '', now())",
-        "SELECT pillarbox.enqueue('t', 'a', '{}', deliver_at => now())",
+        "INSERT INTO {outbox} (topic, type, payload, deliver_at) VALUES ('t', 'a', '', '-infinity')",
+        "INSERT INTO {outbox} (topic, type, payload, deliver_at) VALUES ('t', 'a', '', 'infinity')",
+        "SELECT pillarbox.enqueue('t', 'a', '{}', deliver_at => '2100-01-01 00:00:00Z')",
     ] {
-        let error = refused(&mut raw, statement).await;
-        assert!(error.contains("deliver_at_is_not_supported_yet"), "{error}");
+        run(&mut raw, statement).await;
     }
+    let (events, _) = drain(&**database.store(), Progress::default(), 10).await;
+    let times: Vec<_> = events.iter().map(|e| e.deliver_at.unwrap()).collect();
+    assert!(times[0] < times[2] && times[2] < times[1], "{times:?}");
+    let since = times[2].duration_since(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(since.as_secs(), 4_102_444_800);
+    assert!(events.iter().all(|e| e.defect.is_none()));
+    // And let wait, and cancelled or not.
+    let store = database.store();
+    let lease = acquire(&**store, &crate::suite::relay()).await.lease;
+    let rows: Vec<_> = events
+        .iter()
+        .map(|e| pillarbox_core::failure::Deferral {
+            hold: pillarbox_core::failure::Hold::Scheduled(e.deliver_at.unwrap()),
+            ..crate::suite::deferral(&e.message)
+        })
+        .collect();
+    store.defer(&lease, &rows).await.unwrap();
+    let due = store.fall_due(&lease, 9, 10).await.unwrap();
+    assert_eq!(due.lines.len(), 1);
+    assert_eq!(due.lines[0].head.1, events[0].message.id);
+    assert_eq!(due.next, Some(std::time::Duration::from_secs(86_400)));
 }
 
 /// Rights on the contract's columns are enough, and nothing more is open.

@@ -117,7 +117,8 @@ pub(crate) async fn lines_come_soonest_due_first(bench: &dyn Bench) {
         waiting,
         Waiting {
             total: 4,
-            longest: 2
+            longest: 2,
+            ..Waiting::default()
         }
     );
 }
@@ -141,7 +142,8 @@ pub(crate) async fn keyless_events_are_lines_of_their_own(bench: &dyn Bench) {
         waiting,
         Waiting {
             total: 3,
-            longest: 1
+            longest: 1,
+            ..Waiting::default()
         }
     );
 }
