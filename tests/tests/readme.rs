@@ -94,12 +94,13 @@ fn cargo(package: &Path) -> Command {
     cargo
 }
 
-/// The event, by an independent client that waits until the program has declared its queue.
+/// The event, by an independent client that waits until the program has sent it.
 async fn received(vhost: &str) -> (String, String) {
     let connection = Connection::connect(vhost, ConnectionProperties::default())
         .await
         .expect("a connection");
-    until("the queue is declared", || async {
+    // A quorum queue that is just being made refuses consumers; one that has the event is complete.
+    until("the event is in the queue", || async {
         let channel = connection.create_channel().await.expect("a channel");
         let options = QueueDeclareOptions {
             passive: true,
@@ -108,7 +109,7 @@ async fn received(vhost: &str) -> (String, String) {
         channel
             .queue_declare("billing".into(), options, FieldTable::default())
             .await
-            .is_ok()
+            .is_ok_and(|queue| queue.message_count() > 0)
     })
     .await;
     let channel = connection.create_channel().await.expect("a channel");
