@@ -57,6 +57,10 @@ async fn a_second_shop_serves_and_waits() {
     });
     looked.await.unwrap();
     second.stop();
+    for name in ["inventory.db-wal", "orders.db-wal"] {
+        let left = folder.path().join(name);
+        assert!(!left.exists(), "a database was not closed: {left:?}");
+    }
     assert!(check(folder.path()).status.success());
 }
 
