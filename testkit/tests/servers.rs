@@ -404,15 +404,17 @@ async fn the_starter_program_passes_signals_and_exit_codes_on_and_ends_its_serve
         )
         .await;
         let left = Left::by(vec![PathBuf::from(data).parent().unwrap().to_owned()]);
+        // Kept open while the signal travels: `wait` would close it, and the end of its input ends the command as well.
+        let stdin = owner.stdin.take();
         if terminate {
             let pid =
                 rustix::process::Pid::from_raw(owner.id().unwrap().try_into().unwrap()).unwrap();
             rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+            assert_eq!(owner.wait().await.unwrap().code(), Some(143));
         } else {
-            drop(owner.stdin.take());
+            drop(stdin);
+            assert_eq!(owner.wait().await.unwrap().code(), Some(0));
         }
-        let status = owner.wait().await.unwrap();
-        assert_eq!(status.code(), Some(if terminate { 143 } else { 0 }));
         assert!(
             left.folders.iter().all(|folder| !folder.exists())
                 && !left.pids.iter().any(|pid| alive(*pid))
