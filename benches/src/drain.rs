@@ -1,4 +1,4 @@
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use pillarbox::{Outbox, transport::Transport};
@@ -111,10 +111,9 @@ impl Drain {
         drop(amqp.publisher().await?);
         let (transport, count) = Counting::new(amqp, u64::from(self.events));
         let outbox = Outbox::new(&stage.pool);
-        let started = Instant::now();
         let running = relay(&outbox, transport, self.in_flight).spawn();
         count.reached().await;
-        let took = started.elapsed();
+        let took = count.took();
         running.shutdown().await?;
         Ok(took)
     }

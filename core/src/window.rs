@@ -73,6 +73,13 @@ struct KeyState {
     line_in_flight: bool,
 }
 
+impl KeyState {
+    /// Nothing of the key is left to remember.
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && !self.blocked && !self.closing && !self.line_in_flight
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Window<T> {
@@ -451,10 +458,16 @@ impl<T> Window<T> {
         self.held -= 1;
         self.bytes -= size;
         let Some(key) = key else { return };
-        if let Some(of_key) = self.keys.get_mut(&key) {
-            of_key.queue.retain(|other| *other != seq);
+        let hash_map::Entry::Occupied(mut of_key) = self.keys.entry(key) else {
+            return;
+        };
+        of_key.get_mut().queue.retain(|other| *other != seq);
+        if of_key.get().is_idle() {
+            of_key.remove();
+            return;
         }
-        let closing = self.keys.get(&key).is_some_and(|k| k.closing);
+        let closing = of_key.get().closing;
+        let key = of_key.key().clone();
         if closing && !self.is_undecided(&key) {
             self.close(&key);
         }
@@ -520,8 +533,7 @@ impl<T> Window<T> {
 
     fn forget(&mut self, key: &Key) {
         if let hash_map::Entry::Occupied(entry) = self.keys.entry(key.clone()) {
-            let k = entry.get();
-            if k.queue.is_empty() && !k.blocked && !k.closing && !k.line_in_flight {
+            if entry.get().is_idle() {
                 entry.remove();
             }
         }

@@ -215,7 +215,9 @@ impl World {
             return;
         }
         let publisher = self.transport.publisher().await.expect("a publisher");
-        let outcomes = publisher.publish(messages).await;
+        let outcomes = publisher
+            .publish(messages.into_iter().map(Arc::new).collect())
+            .await;
         let stored = outcomes.iter().all(|o| o.is_stored());
         assert!(stored, "{outcomes:?}");
     }

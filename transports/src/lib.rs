@@ -23,6 +23,8 @@ mod message;
 mod outcome;
 mod subscription;
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 pub use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -89,7 +91,8 @@ pub trait Publisher: Send + Sync {
     /// - [`Outcome::Stored`] only when the broker has durably taken that very message.
     /// - Every message gets an outcome in bounded time, unless the broker holds the connection back.
     /// - Dropping the future does not recall the messages.
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>>;
+    /// - The messages are shared: the engine keeps each until its outcome is known, without a copy.
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>>;
 }
 
 /// What a group reads: the types of one topic that have a handler.

@@ -71,7 +71,7 @@ impl Limits {
         }
         if let Some(key) = &m.key {
             at_most("the key", key.len(), self.key)?;
-            if key.chars().any(char::is_control) {
+            if has_control(key) {
                 return invalid(format!("the key {key:?} has a control character"));
             }
         }
@@ -156,10 +156,16 @@ fn header_name(name: &str, most: usize) -> Result<()> {
 }
 
 fn header_value(name: &str, value: &str) -> Result<()> {
-    if value.chars().any(char::is_control) {
+    if has_control(value) {
         return invalid(format!("the value of {name:?} has a control character"));
     }
     Ok(())
+}
+
+/// Nearly all text is ASCII and good: bytes first, for this runs twice for each event.
+fn has_control(text: &str) -> bool {
+    text.bytes().any(|b| b.is_ascii_control())
+        || !text.is_ascii() && text.chars().any(char::is_control)
 }
 
 fn at_most(what: &str, found: usize, most: usize) -> Result<()> {
@@ -247,6 +253,8 @@ mod tests {
                 "id",
             ),
             (message().with_key("a\0b"), "key"),
+            (message().with_key("a\u{9b}b"), "key"),
+            (message().with_key("\u{7f}"), "key"),
             (
                 message().with_key("k".repeat(1_025)),
                 "key has 1025 bytes; at most 1024",

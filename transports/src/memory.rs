@@ -38,7 +38,7 @@ pub struct Memory(Arc<Mutex<Broker>>);
 #[derive(Default)]
 struct Broker {
     topics: HashMap<String, BTreeMap<String, Group>>,
-    dead_letters: VecDeque<Message>,
+    dead_letters: VecDeque<Arc<Message>>,
 }
 
 #[derive(Default)]
@@ -49,7 +49,7 @@ struct Group {
 
 /// An event on its way to one group; dropping it tells the publisher that the group did not take it.
 struct Waiting {
-    message: Message,
+    message: Arc<Message>,
     applied: oneshot::Sender<()>,
 }
 
@@ -63,7 +63,7 @@ impl Memory {
     /// The newest dead letters, oldest first; at most 1,000 are kept.
     #[must_use]
     pub fn dead_lettered(&self) -> Vec<Message> {
-        self.with(|b| b.dead_letters.iter().cloned().collect())
+        self.with(|b| b.dead_letters.iter().map(|m| Message::clone(m)).collect())
     }
 
     fn with<T>(&self, f: impl FnOnce(&mut Broker) -> T) -> T {
@@ -133,7 +133,7 @@ impl Transport for Memory {
 }
 
 impl Publisher for Memory {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let waits: Vec<_> = self.with(|b| messages.into_iter().map(|m| b.offer(m)).collect());
         Box::pin(join_all(waits.into_iter().map(settle)))
     }
@@ -157,7 +157,7 @@ async fn settle(offered: Result<Vec<oneshot::Receiver<()>>, Outcome>) -> Outcome
 }
 
 impl Broker {
-    fn offer(&mut self, message: Message) -> Result<Vec<oneshot::Receiver<()>>, Outcome> {
+    fn offer(&mut self, message: Arc<Message>) -> Result<Vec<oneshot::Receiver<()>>, Outcome> {
         let unavailable = |kind, text| Outcome::Unavailable(Error::new(kind, "publish", text));
         let Some(groups) = self.topics.get(&message.topic).filter(|g| !g.is_empty()) else {
             let text = format!("no group is bound to topic {:?}", message.topic);
@@ -210,7 +210,7 @@ impl Subscription for Reader {
             ));
         };
         Ok(Delivery {
-            message,
+            message: Arc::unwrap_or_clone(message),
             position: None,
             defect: None,
             ack: Ack::new(move || {
@@ -230,7 +230,7 @@ impl Subscription for Reader {
 struct DeadLetters(Memory);
 
 impl Publisher for DeadLetters {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let outcomes = messages.iter().map(|_| Outcome::Stored).collect();
         self.0.with(|b| {
             b.dead_letters.extend(messages);

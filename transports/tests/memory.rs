@@ -24,7 +24,7 @@ async fn read(memory: &Memory, group: &str) -> Box<dyn Subscription> {
 
 async fn publish(memory: &Memory, kind: &str) -> Outcome {
     let publisher = memory.publisher().await.unwrap();
-    let messages = vec![Message::new("1", TOPIC, kind, "{}")];
+    let messages = vec![Message::new("1", TOPIC, kind, "{}").into()];
     publisher.publish(messages).await.remove(0)
 }
 

@@ -1,7 +1,7 @@
 //! The group's deferred lines: one owner by a lease of its own, so that a line goes on whichever source its key comes
 //! from. Also sends the broker its copies of dead letters.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{StreamExt, stream};
 use pillarbox_transport::Publisher;
@@ -223,7 +223,7 @@ impl Copies {
                     .filter(|c| !c.is_control())
                     .take(1_000)
                     .collect();
-                d.message.with_attribute("pillarboxreason", reason)
+                Arc::new(d.message.with_attribute("pillarboxreason", reason))
             });
             match self.publish(core, &topic, messages.collect()).await {
                 Ok(stored) => {
@@ -253,7 +253,7 @@ impl Copies {
         &mut self,
         core: &Core,
         topic: &str,
-        messages: Vec<pillarbox_transport::Message>,
+        messages: Vec<Arc<pillarbox_transport::Message>>,
     ) -> Result<Vec<bool>, pillarbox_transport::Error> {
         use pillarbox_transport::Outcome;
         if !self.publishers.contains_key(topic) {

@@ -100,7 +100,7 @@ mod tests {
     fn slice(positions: &[i64], upto: &str, end: Option<&str>) -> Slice {
         let logged = |position: &i64| Logged {
             position: *position,
-            message: Message::new("i", "t", "k", ""),
+            message: Message::new("i", "t", "k", "").into(),
             deliver_at: None,
             defect: None,
         };

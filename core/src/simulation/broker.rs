@@ -123,7 +123,7 @@ impl Broker {
 }
 
 struct Batch {
-    messages: Vec<Message>,
+    messages: Vec<Arc<Message>>,
     reply: oneshot::Sender<Vec<Outcome>>,
 }
 
@@ -134,7 +134,7 @@ struct ModelPublisher {
 }
 
 impl Publisher for ModelPublisher {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let in_flight = InFlight::new(&self.world, self.process, &messages);
         let (reply, answer) = oneshot::channel();
         let most = messages.len();
@@ -150,7 +150,7 @@ impl Publisher for ModelPublisher {
     }
 }
 
-fn topics(messages: &[Message]) -> Vec<(String, Number)> {
+fn topics(messages: &[Arc<Message>]) -> Vec<(String, Number)> {
     messages
         .iter()
         .map(|m| (m.topic.clone(), number_of(m)))
@@ -223,12 +223,12 @@ impl Inner {
         }
     }
 
-    fn take(&mut self, messages: &[Message]) -> Vec<Outcome> {
+    fn take(&mut self, messages: &[Arc<Message>]) -> Vec<Outcome> {
         messages.iter().map(|m| self.take_one(m)).collect()
     }
 
     /// The session dies: what lies in the middle is there or not.
-    fn take_some(&mut self, messages: &[Message]) {
+    fn take_some(&mut self, messages: &[Arc<Message>]) {
         let prefix = self
             .chance
             .hit(0.5)
@@ -284,7 +284,7 @@ impl Inner {
     }
 
     /// What the sender hears, and so may count.
-    fn deliver(&mut self, messages: &[Message], mut outcomes: Vec<Outcome>) -> Vec<Outcome> {
+    fn deliver(&mut self, messages: &[Arc<Message>], mut outcomes: Vec<Outcome>) -> Vec<Outcome> {
         if !self.healed && self.chance.hit(self.plan.faults.short_answer) {
             outcomes.truncate(self.chance.below(outcomes.len() + 1));
         }

@@ -51,7 +51,7 @@ pub(super) struct InFlight {
 }
 
 impl InFlight {
-    pub(super) fn new(world: &Arc<World>, process: usize, messages: &[Message]) -> Self {
+    pub(super) fn new(world: &Arc<World>, process: usize, messages: &[Arc<Message>]) -> Self {
         let place = world.with(|w| w.check_publish(process, messages));
         Self {
             world: world.clone(),
@@ -125,9 +125,9 @@ impl Inner {
     fn check_publish(
         &mut self,
         process: usize,
-        messages: &[Message],
+        messages: &[Arc<Message>],
     ) -> Vec<((usize, u16), Number)> {
-        let numbers: Vec<Number> = messages.iter().map(number_of).collect();
+        let numbers: Vec<Number> = messages.iter().map(|m| number_of(m)).collect();
         self.tell(|| format!("relay {process}: sends {numbers:?}"));
         if messages.len() > self.plan.settings.publish {
             self.wrong(format!("{} messages in one call", messages.len()));

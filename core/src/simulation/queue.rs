@@ -221,7 +221,7 @@ impl Drop for ModelSubscription {
 pub(super) struct Copies(pub(super) Arc<World>);
 
 impl Publisher for Copies {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let world = self.0.clone();
         Box::pin(async move {
             world.pause(0..=5).await;

@@ -103,7 +103,7 @@ impl Database {
             .take(limit)
             .map(|r| Logged {
                 position: r.position,
-                message: r.message.clone(),
+                message: r.message.clone().into(),
                 deliver_at: None,
                 defect: r.defect.clone(),
             })

@@ -4,7 +4,10 @@
 //! [`Kind::LeaseLost`](crate::error::Kind::LeaseLost) when owner or epoch differ: nothing of it is then written.
 //! No method is harmed by dropping its future: each runs to its end.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use async_trait::async_trait;
 use pillarbox_transport::Message;
@@ -281,7 +284,7 @@ pub struct Logged {
     /// Its place.
     pub position: i64,
     /// The event, with `dataversion` and `datacontenttype` among its attributes.
-    pub message: Message,
+    pub message: Arc<Message>,
     /// Not before this time, by the database's clock.
     pub deliver_at: Option<SystemTime>,
     /// Why it cannot be published, for rows that a plain INSERT made wrong (headers that are no object of texts).

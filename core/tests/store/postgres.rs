@@ -251,7 +251,7 @@ pub(crate) async fn names(
 ) -> (Vec<String>, Progress) {
     let (events, end) = drain(store, from, limit).await;
     let name = |e: pillarbox_core::store::Logged| {
-        String::from_utf8(e.message.payload.unwrap_or_default().to_vec()).unwrap()
+        String::from_utf8(e.message.payload.as_deref().unwrap_or_default().to_vec()).unwrap()
     };
     (events.into_iter().map(name).collect(), end)
 }

@@ -182,7 +182,10 @@ impl World {
             .await
             .unwrap();
         let publisher = memory.publisher().await.unwrap();
-        for outcome in publisher.publish(messages).await {
+        for outcome in publisher
+            .publish(messages.into_iter().map(Arc::new).collect())
+            .await
+        {
             assert!(matches!(outcome, Outcome::Stored), "{outcome:?}");
         }
         running.shutdown().await.unwrap();

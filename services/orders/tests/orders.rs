@@ -228,7 +228,7 @@ impl World {
             .await
             .unwrap();
         let publisher = memory.publisher().await.unwrap();
-        let messages = messages.into_iter().cloned().collect();
+        let messages = messages.into_iter().cloned().map(Arc::new).collect();
         for outcome in publisher.publish(messages).await {
             assert!(matches!(outcome, Outcome::Stored), "{outcome:?}");
         }

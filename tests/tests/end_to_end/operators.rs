@@ -354,8 +354,8 @@ impl Transport for Forgetful {
 }
 
 impl Publisher for Loses {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
-        let is_lost = |m: &Message| {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
+        let is_lost = |m: &Arc<Message>| {
             let mut lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
             let of_key = lost.get_mut(m.key.as_deref().unwrap_or_default());
             of_key.is_some_and(|(which, attempt)| {

@@ -5,7 +5,7 @@
 //! numbers and queues a publish in two steps.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     mem,
     sync::{
         Arc,
@@ -76,7 +76,7 @@ pub(crate) struct Session {
 }
 
 struct Batch {
-    messages: Vec<Message>,
+    messages: Vec<Arc<Message>>,
     answer: oneshot::Sender<Vec<Outcome>>,
 }
 
@@ -98,6 +98,26 @@ struct Inbox {
 
 #[derive(Clone)]
 struct End(Kind, Arc<str>);
+
+/// What may not be sent now, and why.
+enum Held {
+    All(End),
+    Topics(HashMap<String, End>),
+}
+
+impl Held {
+    /// The outcome of a message that is not sent.
+    fn back(&self, message: &Message) -> Option<Outcome> {
+        let why = match self {
+            Self::All(why) => Some(why),
+            Self::Topics(topics) if topics.is_empty() => None,
+            Self::Topics(topics) => topics.get(&message.topic),
+        };
+        why.map(|End(kind, text)| {
+            Outcome::Unavailable(Error::new(*kind, "publish", text.to_string()))
+        })
+    }
+}
 
 impl Session {
     /// Declares the topology and opens the channels.
@@ -124,7 +144,7 @@ impl Session {
 }
 
 impl Publisher for Session {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let count = messages.len();
         if count == 0 {
             return Box::pin(async { Vec::new() });
@@ -178,13 +198,13 @@ impl Shared {
     }
 
     /// Makes sure that `messages` may be sent now: waits while the broker blocks the connection, replaces a channel that
-    /// was closed, declares exchanges that are new. Answers what to send, or why not.
+    /// was closed, declares exchanges that are new. Answers what may not be sent, and why.
     async fn prepare(
         &self,
         inbox: &mut Inbox,
         channel: &mut Arc<Channel>,
-        messages: &[Message],
-    ) -> Result<Vec<Result<Wire, Outcome>>, End> {
+        messages: &[Arc<Message>],
+    ) -> Result<Held, End> {
         let mut end = self.end.subscribe();
         tokio::select! {
             biased;
@@ -196,17 +216,10 @@ impl Shared {
         if let Some(end) = self.ended() {
             return Err(end);
         }
-        let limit = self.plan.max_payload.load(Relaxed);
-        let encode = |m| self.encoder.encode(m, limit).map_err(Outcome::Rejected);
-        let mut wires: Vec<_> = messages.iter().map(encode).collect();
         if let Err(e) = self.renew(inbox, channel).await {
-            for wire in wires.iter_mut().filter(|wire| wire.is_ok()) {
-                *wire = Err(self.not_sent(&e)?);
-            }
-            return Ok(wires);
+            return self.held(&e).map(Held::All);
         }
-        self.declare_topics(inbox, messages, &mut wires).await?;
-        Ok(wires)
+        self.declare_topics(inbox, messages).await
     }
 
     /// Makes good what the broker has closed or lost, so that a queue is never missing only because its exchange was
@@ -225,39 +238,43 @@ impl Shared {
     async fn declare_topics(
         &self,
         inbox: &mut Inbox,
-        messages: &[Message],
-        wires: &mut [Result<Wire, Outcome>],
-    ) -> Result<(), End> {
+        messages: &[Arc<Message>],
+    ) -> Result<Held, End> {
+        let mut held = HashMap::new();
         if self.plan.target != Target::Topics {
-            return Ok(());
+            return Ok(Held::Topics(held));
         }
-        for (at, Message { topic, .. }) in messages.iter().enumerate() {
-            if wires[at].is_err() || inbox.declared.contains(topic) {
+        for message in messages {
+            let topic = &message.topic;
+            // One that no broker may see is refused for its own reason.
+            if inbox.declared.contains(topic)
+                || held.contains_key(topic)
+                || self.encode(message).is_err()
+            {
                 continue;
             }
             let declared = self.plan.topology.declare_exchange(&self.plan.live, topic);
-            let Err(e) = declared.await else {
-                inbox.declared.insert(topic.clone());
-                continue;
-            };
-            for (wire, other) in wires.iter_mut().zip(messages) {
-                if wire.is_ok() && other.topic == *topic {
-                    *wire = Err(self.not_sent(&e)?);
-                }
+            match declared.await {
+                Ok(()) => drop(inbox.declared.insert(topic.clone())),
+                Err(e) => drop(held.insert(topic.clone(), self.held(&e)?)),
             }
         }
-        Ok(())
+        Ok(Held::Topics(held))
     }
 
-    /// The outcome of a message that was held back because of `error`, or the end of the session.
-    fn not_sent(&self, error: &Error) -> Result<Outcome, End> {
+    /// Why messages are held back because of `error`, or the end of the session.
+    fn held(&self, error: &Error) -> Result<End, End> {
+        let end = End(error.kind(), error.to_string().into());
         if matches!(error.kind(), Kind::Unreachable | Kind::Timeout) {
-            let end = End(error.kind(), error.to_string().into());
             self.end(end.clone());
             return Err(end);
         }
-        let copy = Error::new(error.kind(), "publish", error.to_string());
-        Ok(Outcome::Unavailable(copy))
+        Ok(end)
+    }
+
+    fn encode(&self, message: &Message) -> Result<Wire> {
+        let limit = self.plan.max_payload.load(Relaxed);
+        self.encoder.encode(message, limit)
     }
 }
 
@@ -272,8 +289,8 @@ async fn work(shared: Arc<Shared>, channel: Channel) {
         let prepared = shared.prepare(&mut inbox, &mut channel, &messages).await;
         let outcomes = match prepared {
             Err(end) => end.outcomes(messages.len()),
-            Ok(wires) => {
-                let flight = Flight::start(&channel, &messages, wires, &mut spare);
+            Ok(held) => {
+                let flight = Flight::start(&shared, &channel, &messages, &held, &mut spare);
                 drop(inbox);
                 flight.land(&shared, &channel, &messages, &mut spare).await
             }
@@ -309,17 +326,22 @@ struct Flight {
 impl Flight {
     /// Queues the messages for the broker, in order.
     fn start(
+        shared: &Shared,
         channel: &Arc<Channel>,
-        messages: &[Message],
-        wires: Vec<Result<Wire, Outcome>>,
+        messages: &[Arc<Message>],
+        held: &Held,
         spare: &mut Vec<Publishing>,
     ) -> Self {
         let unwritten = Arc::new(AtomicUsize::new(0));
-        let step = |(message, wire): (&Message, Result<Wire, Outcome>)| {
-            let wire = match wire {
+        let step = |message: &Arc<Message>| {
+            // Encoded here, one by one: a batch of them is large.
+            let wire = match shared.encode(message) {
                 Ok(wire) => wire,
-                Err(outcome) => return Step::Known(outcome),
+                Err(e) => return Step::Known(Outcome::Rejected(e)),
             };
+            if let Some(why) = held.back(message) {
+                return Step::Known(why);
+            }
             let body = message.payload.clone().unwrap_or_default();
             let publish = publish(channel.clone(), wire, body, unwritten.clone());
             let mut publishing = match spare.pop() {
@@ -335,7 +357,7 @@ impl Flight {
                 Poll::Pending => Step::Waiting(publishing),
             }
         };
-        let steps = messages.iter().zip(wires).map(step).collect();
+        let steps = messages.iter().map(step).collect();
         Self { steps, unwritten }
     }
 
@@ -344,7 +366,7 @@ impl Flight {
         mut self,
         shared: &Shared,
         channel: &Channel,
-        messages: &[Message],
+        messages: &[Arc<Message>],
         spare: &mut Vec<Publishing>,
     ) -> Vec<Outcome> {
         let all = async {
@@ -430,7 +452,7 @@ async fn publish(
 
 impl Shared {
     /// What became of each message. Ends the session when that is unknown for any.
-    fn judge(&self, steps: Vec<Step>, late: &[Answer], messages: &[Message]) -> Vec<Outcome> {
+    fn judge(&self, steps: Vec<Step>, late: &[Answer], messages: &[Arc<Message>]) -> Vec<Outcome> {
         let answers = steps.iter().filter_map(|step| match step {
             Step::Answered(answer) => Some(answer),
             _ => None,

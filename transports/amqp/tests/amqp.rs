@@ -17,7 +17,7 @@ mod reading;
 #[path = "amqp/topology.rs"]
 mod topology;
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures_util::StreamExt;
 use lapin::{
@@ -63,6 +63,11 @@ fn event(id: impl ToString) -> Message {
 
 fn events(ids: std::ops::Range<usize>) -> Vec<Message> {
     ids.map(event).collect()
+}
+
+/// As a publisher takes them.
+fn shared(messages: impl IntoIterator<Item = Message>) -> Vec<Arc<Message>> {
+    messages.into_iter().map(Arc::new).collect()
 }
 
 /// No wait of a test lasts for ever.

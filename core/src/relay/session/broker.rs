@@ -1,6 +1,6 @@
 //! The session's broker: publishing, and what each answer means.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
 use futures_util::FutureExt;
 use pillarbox_transport::{Outcome, Publisher};
@@ -89,35 +89,43 @@ impl Session<'_> {
                 "the transport gave no outcome",
             ))
         });
+        // Summed up for each batch: a counter for each event costs more than the rest of its bookkeeping.
+        let mut counts = HashMap::new();
         for (attempt, outcome) in attempts.iter().zip(outcomes) {
-            self.answered(*attempt, outcome);
+            if let Some(name) = self.answered(*attempt, outcome) {
+                *counts.entry(name).or_default() += 1;
+            }
+        }
+        for (name, count) in counts {
+            self.count(name, count);
         }
     }
 
-    pub(super) fn answered(&mut self, attempt: Attempt, outcome: Outcome) {
+    /// Answers the outcome's name, if it is one of the event's current attempt.
+    fn answered(&mut self, attempt: Attempt, outcome: Outcome) -> Option<&'static str> {
         // An answer to an earlier attempt says nothing about the current one.
         if !self.window.is_current(attempt) {
-            return;
+            return None;
         }
-        let Some(event) = self.window.get(attempt.seq) else {
-            return;
-        };
-        let (topic, kind) = (event.message.topic.clone(), event.message.kind.clone());
-        self.count(&kind, &outcome);
+        let message = self.window.get(attempt.seq)?.message.clone();
+        let (topic, kind) = (&message.topic, &message.kind);
+        let name = self.name(kind, &outcome);
         match outcome {
             Outcome::Unknown(e) => {
                 self.unsure.insert(attempt.seq);
                 self.window.again(attempt);
-                return self.lose_publisher(&e);
+                self.lose_publisher(&e);
+                return Some(name);
             }
-            Outcome::Unavailable(e) if !self.is_accepted(&kind, &e) => {
+            Outcome::Unavailable(e) if !self.is_accepted(kind, &e) => {
                 self.window.again(attempt);
-                return self.pause(topic, &e);
+                self.pause(topic.clone(), &e);
+                return Some(name);
             }
             Outcome::Stored | Outcome::Unavailable(_) => {
                 self.window.settle(attempt);
             }
-            Outcome::Retry(e) if self.is_accepted(&kind, &e) => {
+            Outcome::Retry(e) if self.is_accepted(kind, &e) => {
                 self.window.settle(attempt);
             }
             Outcome::Retry(e) => match self.core.retry.after(1) {
@@ -126,7 +134,8 @@ impl Session<'_> {
             },
             Outcome::Rejected(e) => self.give_up(attempt, e.to_string()),
         }
-        self.answers(&topic);
+        self.answers(topic);
+        Some(name)
     }
 
     fn fail(&mut self, attempt: Attempt, reason: String, delay: Duration, parked: bool) {
@@ -185,16 +194,19 @@ impl Session<'_> {
         }
     }
 
-    pub(super) fn count(&self, kind: &str, outcome: &Outcome) {
-        let name = match outcome {
+    pub(super) fn name(&self, kind: &str, outcome: &Outcome) -> &'static str {
+        match outcome {
             Outcome::Stored => "stored",
             Outcome::Retry(e) | Outcome::Unavailable(e) if self.is_accepted(kind, e) => "accepted",
             Outcome::Unknown(_) => "unknown",
             Outcome::Unavailable(_) => "unavailable",
             Outcome::Retry(_) => "retry",
             Outcome::Rejected(_) => "rejected",
-        };
+        }
+    }
+
+    pub(super) fn count(&self, name: &'static str, events: u64) {
         let destination = self.core.destination.clone();
-        metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(1);
+        metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(events);
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use pillarbox_transport::Message;
 use tokio::time::Instant;
 
 use super::{super::lines::LineName, BURYING, DEFERRALS, DEFERRING, Done, Session};
@@ -33,7 +34,7 @@ impl Session<'_> {
                     _ => Hold::None,
                 };
                 Some(Deferral {
-                    message: event.message.clone(),
+                    message: Message::clone(&event.message),
                     position: event.position,
                     attempts: failed.map_or(0, |f| f.attempts),
                     reason: failed.map(|f| f.reason.clone()),
@@ -113,7 +114,7 @@ impl Session<'_> {
             return;
         };
         let dead = DeadLetter {
-            message: event.message.clone(),
+            message: Message::clone(&event.message),
             position: event.position,
             attempts: 1,
             reason,

@@ -1,6 +1,6 @@
 //! The heads of lines, each its key's one unconfirmed event.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
 use pillarbox_transport::{Message, Outcome};
@@ -154,7 +154,7 @@ impl Session<'_> {
         let Some(publisher) = &self.publisher else {
             return Ok(());
         };
-        let answer = publisher.publish(vec![event.message.clone()]);
+        let answer = publisher.publish(vec![Arc::new(event.message.clone())]);
         let publish = async move {
             let outcome = answer.await.pop().unwrap_or_else(|| {
                 let text = "the transport gave no outcome";
@@ -171,7 +171,7 @@ impl Session<'_> {
     }
 
     pub(super) fn line_published(&mut self, name: LineName, event: Deferred, outcome: Outcome) {
-        self.count(&event.message.kind, &outcome);
+        self.count(self.name(&event.message.kind, &outcome), 1);
         let attempts = event.attempts.saturating_add(1);
         let resolution = match outcome {
             Outcome::Stored => Resolution::Done,

@@ -1,5 +1,7 @@
 //! The session's log: reading ahead, moving the cursor.
 
+use std::sync::Arc;
+
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
@@ -88,7 +90,9 @@ impl Session<'_> {
             self.window.push_settled();
             return;
         }
-        let attributes = &mut event.message.attributes;
+        // Nobody shares it yet: changed in place.
+        let message = Arc::make_mut(&mut event.message);
+        let attributes = &mut message.attributes;
         if let Some(source) = &self.core.source {
             attributes
                 .entry("source".to_owned())
@@ -97,19 +101,11 @@ impl Session<'_> {
         // A plain INSERT did not pass through enqueue's checks. Our own attributes are not held against it.
         let unread = event.defect.take();
         if unread.is_some() {
-            event
-                .message
-                .attributes
-                .insert(UNREADABLE.to_owned(), "true".to_owned());
+            attributes.insert(UNREADABLE.to_owned(), "true".to_owned());
         }
-        let refused = unread.or_else(|| {
-            self.core
-                .limits
-                .check(&event.message)
-                .err()
-                .map(|e| e.to_string())
-        });
-        let attributes = &mut event.message.attributes;
+        let checked = || self.core.limits.check(message).err();
+        let refused = unread.or_else(|| checked().map(|e| e.to_string()));
+        let attributes = &mut message.attributes;
         attributes.insert("pillarboxposition".to_owned(), event.position.to_string());
         attributes.insert("pillarboxepoch".to_owned(), self.lease.epoch.to_string());
         // What is never sent needs no order, and must not slip through a line.

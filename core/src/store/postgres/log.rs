@@ -2,7 +2,7 @@
 
 use sqlx::{Row, postgres::PgRow};
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use pillarbox_transport::Message;
@@ -133,6 +133,7 @@ impl Inner {
 
     fn slice(&self, rows: &[PgRow], within: Progress, limit: u32) -> Result<Slice> {
         let mut slice = Slice {
+            events: Vec::with_capacity(rows.len()),
             within,
             ..Slice::default()
         };
@@ -243,7 +244,7 @@ fn logged(row: &PgRow) -> sqlx::Result<Logged> {
     ];
     Ok(Logged {
         position: row.try_get("position")?,
-        message: Message {
+        message: Arc::new(Message {
             id: row::uuid(row, "id")?,
             time: row::time(row, "created_at")?,
             topic: topic.unwrap_or_default(),
@@ -252,7 +253,7 @@ fn logged(row: &PgRow) -> sqlx::Result<Logged> {
             payload: row::bytes(row, "payload")?,
             attributes,
             headers,
-        },
+        }),
         deliver_at: row::deliver_at(row, "deliver_at")?,
         defect: defects.into_iter().flatten().next(),
     })

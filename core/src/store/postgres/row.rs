@@ -109,6 +109,10 @@ pub(super) fn map(row: &PgRow, column: &str) -> sqlx::Result<Checked<BTreeMap<St
 }
 
 fn object(json: &[u8], column: &str) -> Checked<BTreeMap<String, String>> {
+    // What our own writers make, without a tree in between.
+    if let Ok(map) = serde_json::from_slice(json) {
+        return (map, None);
+    }
     let mut map = BTreeMap::new();
     let fields = match serde_json::from_slice(json) {
         Ok(Value::Object(fields)) => fields,

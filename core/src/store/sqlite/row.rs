@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -82,7 +83,7 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
     Ok(Logged {
         position: row.try_get("position")?,
         deliver_at: row.try_get::<Option<i64>, _>("deliver_at")?.map(time),
-        message: Message {
+        message: Arc::new(Message {
             id,
             time: time(row.try_get("time")?),
             topic,
@@ -91,7 +92,7 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
             payload: payload.map(Into::into),
             attributes,
             headers,
-        },
+        }),
         defect,
     })
 }

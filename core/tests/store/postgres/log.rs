@@ -261,9 +261,11 @@ async fn partitions_divide_the_log_by_key() {
         assert!(!slice.events.is_empty(), "keyless events are spread");
         total += slice.events.len();
         for e in slice.events {
-            if let Some(key) = e.message.key {
+            if let Some(key) = &e.message.key {
                 assert_eq!(
-                    *seen.entry((e.message.topic, key)).or_insert(partition),
+                    *seen
+                        .entry((e.message.topic.clone(), key.clone()))
+                        .or_insert(partition),
                     partition
                 );
             }

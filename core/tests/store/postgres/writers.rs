@@ -1,5 +1,7 @@
 //! Who writes to the log, in any language, and with which rights; and the schema they find.
 
+use std::sync::Arc;
+
 use pillarbox_core::{
     Database, Kind, Pool, cursor::Progress, failure::Side, migrate, migrate_with, store::Store,
     transport::Message,
@@ -17,7 +19,10 @@ async fn read_all(database: &Database) -> Vec<Message> {
     let store: &dyn Store = &**database.store();
     let (events, _) = drain(store, Progress::default(), 100).await;
     assert!(events.iter().all(|e| e.defect.is_none()), "{events:?}");
-    events.into_iter().map(|e| e.message).collect()
+    events
+        .into_iter()
+        .map(|e| Arc::unwrap_or_clone(e.message))
+        .collect()
 }
 
 #[tokio::test]

@@ -28,7 +28,7 @@ async fn a_blocked_connection_is_waited_for_without_deadline_rebuild_or_repeat()
     let mut reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -38,8 +38,8 @@ async fn a_blocked_connection_is_waited_for_without_deadline_rebuild_or_repeat()
         .ctl(&["set_vm_memory_high_watermark", "absolute", "1"])
         .await
         .unwrap();
-    let mut first = publisher.publish(events(10..110));
-    let mut second = publisher.publish(events(110..210));
+    let mut first = publisher.publish(shared(events(10..110)));
+    let mut second = publisher.publish(shared(events(110..210)));
     // Many times the deadline, and nobody gives up.
     let wait = tokio::time::timeout(CONFIRM * 10, &mut first).await;
     assert!(wait.is_err(), "{:?}", words(&wait.unwrap_or_default()));
@@ -90,7 +90,7 @@ async fn a_blocked_connection_that_is_lost_leaves_its_messages_unknown() {
     let amqp = Amqp::new(config).unwrap();
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -98,8 +98,8 @@ async fn a_blocked_connection_that_is_lost_leaves_its_messages_unknown() {
         .ctl(&["set_vm_memory_high_watermark", "absolute", "1"])
         .await
         .unwrap();
-    let mut under_way = publisher.publish(events(10..20));
-    let waiting = publisher.publish(events(20..30));
+    let mut under_way = publisher.publish(shared(events(10..20)));
+    let waiting = publisher.publish(shared(events(20..30)));
     let wait = tokio::time::timeout(CONFIRM * 3, &mut under_way).await;
     assert!(wait.is_err());
     proxy.cut();
@@ -110,7 +110,11 @@ async fn a_blocked_connection_that_is_lost_leaves_its_messages_unknown() {
         .await
         .unwrap();
     let again = soon(amqp.publisher()).await.unwrap();
-    assert_all(&soon(again.publish(events(10..30))).await, "stored", None);
+    assert_all(
+        &soon(again.publish(shared(events(10..30)))).await,
+        "stored",
+        None,
+    );
     server.end().await;
 }
 
@@ -123,7 +127,7 @@ async fn dropping_a_session_ends_its_wait_for_a_blocked_connection() {
     config.channels = 1;
     let publisher = Amqp::new(config).unwrap().publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -131,8 +135,8 @@ async fn dropping_a_session_ends_its_wait_for_a_blocked_connection() {
         .ctl(&["set_vm_memory_high_watermark", "absolute", "1"])
         .await
         .unwrap();
-    let mut under_way = publisher.publish(events(10..20));
-    let waiting = publisher.publish(events(20..30));
+    let mut under_way = publisher.publish(shared(events(10..20)));
+    let waiting = publisher.publish(shared(events(20..30)));
     assert!(tokio::time::timeout(CONFIRM, &mut under_way).await.is_err());
     drop(publisher);
     // Those that were written wait on; one channel, so the others were not.

@@ -155,7 +155,7 @@ async fn a_broker_that_asks_for_a_certificate_takes_ours_in_both_forms() {
     };
     let publisher = soon(with_tls(&url, pem).publisher()).await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..100))).await,
+        &soon(publisher.publish(shared(events(0..100)))).await,
         "stored",
         None,
     );
@@ -183,7 +183,7 @@ async fn a_broker_that_asks_for_a_certificate_takes_ours_in_both_forms() {
     };
     let publisher = soon(with_tls(&url, p12.clone()).publisher()).await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(100..200))).await,
+        &soon(publisher.publish(shared(events(100..200)))).await,
         "stored",
         None,
     );

@@ -28,7 +28,7 @@ async fn a_connection_cut_in_mid_window_leaves_the_unconfirmed_unknown() {
     let amqp = amqp(&through);
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -36,7 +36,7 @@ async fn a_connection_cut_in_mid_window_leaves_the_unconfirmed_unknown() {
     // No confirm comes any more, and the broker has half of the window.
     proxy.hold(Direction::ToClient);
     let sent = proxy.counters().to_server;
-    let window = publisher.publish(large_events(10..1_010));
+    let window = publisher.publish(shared(large_events(10..1_010)));
     soon(proxy.wait_for(|c| c.to_server > sent + 500_000)).await;
     proxy.cut();
     assert_all(&soon(window).await, "unknown", Some(Kind::Unreachable));
@@ -45,7 +45,7 @@ async fn a_connection_cut_in_mid_window_leaves_the_unconfirmed_unknown() {
     // The session is over, at once and for good.
     let before = Instant::now();
     assert_all(
-        &publisher.publish(events(0..1)).await,
+        &publisher.publish(shared(events(0..1))).await,
         "unknown",
         Some(Kind::Unreachable),
     );
@@ -53,7 +53,7 @@ async fn a_connection_cut_in_mid_window_leaves_the_unconfirmed_unknown() {
 
     let again = soon(amqp.publisher()).await.unwrap();
     assert_all(
-        &soon(again.publish(large_events(10..1_010))).await,
+        &soon(again.publish(shared(large_events(10..1_010)))).await,
         "stored",
         None,
     );
@@ -73,7 +73,7 @@ async fn confirms_that_came_before_the_cut_count() {
     let mut told = Vec::new();
     while told.iter().all(Outcome::is_stored) {
         let next = told.len()..told.len() + 200;
-        told.extend(soon(publisher.publish(events(next))).await);
+        told.extend(soon(publisher.publish(shared(events(next)))).await);
     }
     let unknown = words(&told).iter().filter(|w| w.0 == "unknown").count();
     let stored = told.iter().filter(|o| o.is_stored()).count();
@@ -97,7 +97,7 @@ async fn a_broker_that_falls_silent_is_given_up_by_the_deadline() {
     let amqp = Amqp::new(config).unwrap();
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(200..210))).await,
+        &soon(publisher.publish(shared(events(200..210)))).await,
         "stored",
         None,
     );
@@ -108,13 +108,17 @@ async fn a_broker_that_falls_silent_is_given_up_by_the_deadline() {
         payload: Some(body.clone().into()),
         ..event(id)
     };
-    let outcomes = soon(publisher.publish((0..30).map(large).collect())).await;
+    let outcomes = soon(publisher.publish(shared((0..30).map(large)))).await;
     assert_all(&outcomes, "unknown", Some(Kind::Timeout));
     // So the connection is ended, and what was queued does not follow when the network is back.
     proxy.black_hole(false);
     soon(proxy.wait_until_closed()).await;
     let again = soon(amqp.publisher()).await.unwrap();
-    assert_all(&soon(again.publish(events(100..110))).await, "stored", None);
+    assert_all(
+        &soon(again.publish(shared(events(100..110)))).await,
+        "stored",
+        None,
+    );
     let ids = Raw::connect(&url).await.drain(QUEUE).await;
     assert!(
         ids.len() < 50,
@@ -132,24 +136,28 @@ async fn a_deadline_ends_the_session_and_keeps_a_connection_that_wrote_all() {
     let amqp = Amqp::new(config).unwrap();
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
     let connections = proxy.counters().connections;
     proxy.hold(Direction::ToClient);
-    let outcomes = soon(publisher.publish(events(10..20))).await;
+    let outcomes = soon(publisher.publish(shared(events(10..20)))).await;
     assert_all(&outcomes, "unknown", Some(Kind::Timeout));
     proxy.release();
     // The confirms arrive now, too late for anybody; the session stays what it was told to be.
     assert_all(
-        &soon(publisher.publish(events(20..30))).await,
+        &soon(publisher.publish(shared(events(20..30)))).await,
         "unknown",
         Some(Kind::Timeout),
     );
     drop(publisher);
     let again = soon(amqp.publisher()).await.unwrap();
-    assert_all(&soon(again.publish(events(10..30))).await, "stored", None);
+    assert_all(
+        &soon(again.publish(shared(events(10..30)))).await,
+        "stored",
+        None,
+    );
     assert_eq!(proxy.counters().connections, connections);
     let ids = Raw::connect(&url).await.drain(QUEUE).await;
     assert_eq!((ids.len(), set(ids)), (40, set(0..30)));
@@ -182,7 +190,7 @@ async fn a_queue_that_never_confirms_takes_nothing_from_the_others() {
             _ => {}
         }
     }
-    let outcomes = soon(publisher.publish(messages)).await;
+    let outcomes = soon(publisher.publish(shared(messages))).await;
     for (at, found) in words(&outcomes).into_iter().enumerate() {
         let expected = match at % 3 {
             0 => ("unknown", Some(Kind::Timeout)),
@@ -205,7 +213,7 @@ async fn a_broker_that_falls_silent_is_given_up_by_the_heartbeat() {
     let publisher = Amqp::new(config).unwrap().publisher().await.unwrap();
     proxy.black_hole(true);
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "unknown",
         Some(Kind::Unreachable),
     );
@@ -289,7 +297,7 @@ async fn sessions_that_are_over_leave_no_channels_and_no_tasks_behind() {
     let before = tasks();
     for n in 0..50 {
         let publisher = amqp.publisher().await.unwrap();
-        let open = publisher.publish(events(n * 10..n * 10 + 10));
+        let open = publisher.publish(shared(events(n * 10..n * 10 + 10)));
         let reader = amqp.subscribe(&source, GROUP, None).await.unwrap();
         if n % 2 == 0 {
             assert_all(&soon(open).await, "stored", None);
@@ -359,7 +367,7 @@ async fn what_was_stored_survives_the_brokers_restarts() {
     for kill in [false, true] {
         let publisher = soon(amqp.publisher()).await.unwrap();
         assert_all(
-            &soon(publisher.publish(events(sent..sent + 100))).await,
+            &soon(publisher.publish(shared(events(sent..sent + 100)))).await,
             "stored",
             None,
         );
@@ -373,7 +381,7 @@ async fn what_was_stored_survives_the_brokers_restarts() {
         };
         let publish = async {
             loop {
-                let outcomes = soon(publisher.publish(events(sent..sent + 100))).await;
+                let outcomes = soon(publisher.publish(shared(events(sent..sent + 100)))).await;
                 let taken = outcomes.iter().zip(sent..).filter(|(o, _)| o.is_stored());
                 stored.extend(taken.map(|(_, id)| id));
                 sent += 100;
@@ -384,7 +392,7 @@ async fn what_was_stored_survives_the_brokers_restarts() {
             }
         };
         tokio::join!(end, publish);
-        let outcomes = publisher.publish(events(0..1)).await;
+        let outcomes = publisher.publish(shared(events(0..1))).await;
         assert_eq!(words(&outcomes)[0].0, "unknown");
         let error = soon(amqp.publisher()).await.err().unwrap();
         assert!(error.is_temporary(), "{error}");
@@ -392,7 +400,7 @@ async fn what_was_stored_survives_the_brokers_restarts() {
     }
     let publisher = soon(amqp.publisher()).await.unwrap();
     assert_all(
-        &soon(publisher.publish(vec![event("last")])).await,
+        &soon(publisher.publish(shared([event("last")]))).await,
         "stored",
         None,
     );
@@ -412,7 +420,7 @@ async fn reading_starts_again_after_the_connection_was_cut() {
     let direct = amqp(&url);
     let publisher = direct.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..20))).await,
+        &soon(publisher.publish(shared(events(0..20)))).await,
         "stored",
         None,
     );
@@ -477,7 +485,7 @@ async fn a_large_window_to_a_missing_exchange_is_survived() {
     let amqp = Amqp::new(config).unwrap();
     let publisher = amqp.publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -491,7 +499,7 @@ async fn a_large_window_to_a_missing_exchange_is_survived() {
         payload: Some(body.clone().into()),
         ..event(id)
     };
-    let outcomes = soon(publisher.publish((10..60).map(large).collect())).await;
+    let outcomes = soon(publisher.publish(shared((10..60).map(large)))).await;
     for (word, kind) in words(&outcomes) {
         assert!(
             word == "unknown" || (word, kind) == ("unavailable", Some(Kind::Missing)),
@@ -499,7 +507,11 @@ async fn a_large_window_to_a_missing_exchange_is_survived() {
         );
     }
     let again = soon(amqp.publisher()).await.unwrap();
-    assert_all(&soon(again.publish(events(60..70))).await, "stored", None);
+    assert_all(
+        &soon(again.publish(shared(events(60..70)))).await,
+        "stored",
+        None,
+    );
     let ids = raw.drain(QUEUE).await;
     let late = ids
         .iter()

@@ -32,7 +32,7 @@ async fn a_window_of_1000_blames_the_ten_unroutable_and_no_other() {
                 false => kind.into(),
             };
         }
-        let outcomes = soon(publisher.publish(messages)).await;
+        let outcomes = soon(publisher.publish(shared(messages))).await;
         for (at, found) in words(&outcomes).into_iter().enumerate() {
             let expected = match unroutable.contains(&at) {
                 true => ("retry", Some(Kind::Unrouted)),
@@ -64,7 +64,7 @@ async fn a_raw_client_sees_the_envelope_and_nothing_else() {
     message.time = UNIX_EPOCH + Duration::from_millis(1_700_000_000_500);
     let publisher = amqp(&url).publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(vec![message])).await,
+        &soon(publisher.publish(shared([message]))).await,
         "stored",
         None,
     );
@@ -134,14 +134,14 @@ async fn a_full_queue_makes_its_messages_unavailable_and_leaves_the_others() {
     for message in messages.iter_mut().step_by(2) {
         message.kind = "small".into();
     }
-    let outcomes = soon(publisher.publish(messages)).await;
+    let outcomes = soon(publisher.publish(shared(messages))).await;
     let small: Vec<_> = words(&outcomes).into_iter().step_by(2).collect();
     assert_eq!(small[..3], [("stored", None); 3]);
     assert_eq!(small[3..], [("unavailable", Some(Kind::Full)); 17]);
     assert!(outcomes.iter().skip(1).step_by(2).all(Outcome::is_stored));
     // The session goes on.
     assert_all(
-        &soon(publisher.publish(events(40..50))).await,
+        &soon(publisher.publish(shared(events(40..50)))).await,
         "stored",
         None,
     );
@@ -208,14 +208,18 @@ async fn what_the_broker_would_refuse_is_rejected_alone() {
         messages.push(event(format!("before-{at}")));
         messages.push(message.clone());
     }
-    let outcomes = soon(publisher.publish(messages)).await;
+    let outcomes = soon(publisher.publish(shared(messages))).await;
     for (at, (pair, (message, kind))) in words(&outcomes).chunks(2).zip(&bad).enumerate() {
         assert_eq!(pair[0], ("stored", None), "the neighbour of {at}");
         assert_eq!(pair[1], ("rejected", Some(*kind)), "{}", message.id);
     }
     // The whole header frame at its limit still travels.
     let wide = event("wide").with_header("long", "x".repeat(100_000));
-    assert_all(&soon(publisher.publish(vec![wide])).await, "stored", None);
+    assert_all(
+        &soon(publisher.publish(shared([wide]))).await,
+        "stored",
+        None,
+    );
 }
 
 #[tokio::test]
@@ -231,14 +235,20 @@ async fn a_body_that_only_this_broker_finds_too_large_is_rejected_and_remembered
     };
     let mut messages = events(0..20);
     messages.insert(10, large());
-    let first = soon(amqp.publisher().await.unwrap().publish(messages.clone())).await;
+    let first = soon(
+        amqp.publisher()
+            .await
+            .unwrap()
+            .publish(shared(messages.clone())),
+    )
+    .await;
     let found = words(&first);
     assert_eq!(found[10], ("rejected", Some(Kind::TooLarge)));
     // The channel died with it: what had no confirm is unknown, and nothing else is blamed.
     for (at, (word, _)) in found.iter().enumerate().filter(|(at, _)| *at != 10) {
         assert!(["stored", "unknown"].contains(word), "message {at}: {word}");
     }
-    let second = soon(amqp.publisher().await.unwrap().publish(messages)).await;
+    let second = soon(amqp.publisher().await.unwrap().publish(shared(messages))).await;
     assert_eq!(words(&second)[10], ("rejected", Some(Kind::TooLarge)));
     assert_eq!(second.iter().filter(|o| o.is_stored()).count(), 20);
     server.end().await;
@@ -249,7 +259,7 @@ async fn an_exchange_deleted_under_way_is_unavailable_and_made_anew_with_its_bin
     let Some(url) = vhost().await else { return };
     let publisher = amqp(&url).publisher().await.unwrap();
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -258,12 +268,12 @@ async fn an_exchange_deleted_under_way_is_unavailable_and_made_anew_with_its_bin
         .channel
         .exchange_delete(TOPIC.into(), ExchangeDeleteOptions::default());
     delete.await.unwrap();
-    let outcomes = soon(publisher.publish(events(10..20))).await;
+    let outcomes = soon(publisher.publish(shared(events(10..20)))).await;
     assert_all(&outcomes, "unavailable", Some(Kind::Missing));
     assert!(outcomes[0].error().unwrap().to_string().contains(TOPIC));
     // The same session, and nothing is unroutable for lack of a binding.
     for n in 2..10 {
-        let outcomes = soon(publisher.publish(events(n * 10..n * 10 + 10))).await;
+        let outcomes = soon(publisher.publish(shared(events(n * 10..n * 10 + 10)))).await;
         assert_all(&outcomes, "stored", None);
     }
 }
@@ -279,14 +289,14 @@ async fn a_missing_exchange_names_only_its_own_topic() {
         kind: "other.x".into(),
         ..event(id)
     };
-    let outcomes = soon(publisher.publish(vec![other("a")])).await;
+    let outcomes = soon(publisher.publish(shared([other("a")]))).await;
     assert_all(&outcomes, "retry", Some(Kind::Unrouted));
     let raw = Raw::connect(&url).await;
     raw.channel
         .exchange_delete("other".into(), Default::default())
         .await
         .unwrap();
-    let outcomes = soon(publisher.publish(vec![event("1"), other("b"), event("2")])).await;
+    let outcomes = soon(publisher.publish(shared([event("1"), other("b"), event("2")]))).await;
     let found = words(&outcomes);
     assert_eq!(found[1], ("unavailable", Some(Kind::Missing)));
     // Before it: confirmed or not; after it: the broker had stopped listening.
@@ -319,7 +329,7 @@ async fn without_the_right_to_write_messages_are_unavailable() {
         .publisher()
         .await
         .unwrap();
-    let outcomes = soon(publisher.publish(events(0..10))).await;
+    let outcomes = soon(publisher.publish(shared(events(0..10)))).await;
     assert_all(&outcomes, "unavailable", Some(Kind::Refused));
 }
 
@@ -330,7 +340,7 @@ async fn batches_leave_in_call_order_before_anybody_waits_for_them() {
     config.channels = 1;
     let publisher = Amqp::new(config).unwrap().publisher().await.unwrap();
     let batches: Vec<_> = (0..50)
-        .map(|n| publisher.publish(events(n * 7..n * 7 + 7)))
+        .map(|n| publisher.publish(shared(events(n * 7..n * 7 + 7))))
         .collect();
     // The last first: a future that is not polled holds nothing up.
     for batch in batches.into_iter().rev() {
@@ -346,7 +356,7 @@ async fn several_channels_keep_each_batch_in_order() {
     let Some(url) = vhost().await else { return };
     let publisher = amqp(&url).publisher().await.unwrap();
     let batches: Vec<_> = (0..40)
-        .map(|n| publisher.publish(events(n * 50..n * 50 + 50)))
+        .map(|n| publisher.publish(shared(events(n * 50..n * 50 + 50))))
         .collect();
     for batch in batches {
         assert_all(&soon(batch).await, "stored", None);
@@ -372,7 +382,7 @@ async fn dead_letters_go_to_the_groups_queue_whatever_is_wrong_with_them() {
     let spoofed = event("2")
         .with_header("CC", "other")
         .with_header("x-death", "1");
-    let outcomes = soon(dead.publish(vec![nameless, spoofed])).await;
+    let outcomes = soon(dead.publish(shared([nameless, spoofed]))).await;
     assert_all(&outcomes, "stored", None);
     let raw = Raw::connect(&url).await;
     let letters = raw.take(DLQ).await;
@@ -388,12 +398,20 @@ async fn dead_letters_go_to_the_groups_queue_whatever_is_wrong_with_them() {
         .queue_delete(DLQ.into(), QueueDeleteOptions::default())
         .await
         .unwrap();
-    let outcomes = soon(dead.publish(vec![event("3")])).await;
+    let outcomes = soon(dead.publish(shared([event("3")]))).await;
     assert_all(&outcomes, "unavailable", Some(Kind::Missing));
-    assert_all(&soon(dead.publish(vec![event("3")])).await, "stored", None);
+    assert_all(
+        &soon(dead.publish(shared([event("3")]))).await,
+        "stored",
+        None,
+    );
     // A group that has no queue has dead letters all the same.
     let other = amqp.dead_letters("orders.events", "audit").await.unwrap();
-    assert_all(&soon(other.publish(vec![event("4")])).await, "stored", None);
+    assert_all(
+        &soon(other.publish(shared([event("4")]))).await,
+        "stored",
+        None,
+    );
     assert_eq!(raw.drain("orders.events.audit.dlq").await, ["4"]);
 }
 
@@ -405,7 +423,7 @@ async fn a_dropped_session_sends_nothing_more() {
     let publisher = Amqp::new(config).unwrap().publisher().await.unwrap();
     // One thread runs the test and the session's task, which has had no turn before the drop.
     let batches: Vec<_> = (0..20)
-        .map(|n| publisher.publish(events(n * 10..n * 10 + 10)))
+        .map(|n| publisher.publish(shared(events(n * 10..n * 10 + 10))))
         .collect();
     drop(publisher);
     for batch in batches {
@@ -434,7 +452,7 @@ async fn an_exchange_of_another_kind_is_a_configuration_error_for_its_topic() {
         topic: "odd".into(),
         ..event("odd")
     };
-    let outcomes = soon(publisher.publish(vec![event("1"), odd, event("2")])).await;
+    let outcomes = soon(publisher.publish(shared([event("1"), odd, event("2")]))).await;
     assert_eq!(
         words(&outcomes),
         [
@@ -465,7 +483,7 @@ async fn returned_messages_are_not_logged() {
     let mut secret = event("1").with_header("canary", "a-canary-in-a-header");
     secret.kind = "inventory.nobody".into();
     secret.payload = Some("a-canary-in-a-body".into());
-    let outcomes = soon(publisher.publish(vec![secret])).await;
+    let outcomes = soon(publisher.publish(shared([secret]))).await;
     assert_all(&outcomes, "retry", Some(Kind::Unrouted));
     let text = String::from_utf8_lossy(&log.0.lock().unwrap()).into_owned();
     assert!(text.contains("connected to RabbitMQ"));

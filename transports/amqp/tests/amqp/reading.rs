@@ -22,7 +22,11 @@ async fn source(amqp: &Amqp) -> Source {
 
 async fn publish(amqp: &Amqp, messages: Vec<Message>) {
     let publisher = amqp.publisher().await.unwrap();
-    assert_all(&soon(publisher.publish(messages)).await, "stored", None);
+    assert_all(
+        &soon(publisher.publish(shared(messages))).await,
+        "stored",
+        None,
+    );
 }
 
 async fn ids(reader: &mut dyn Subscription, count: usize) -> Vec<String> {

@@ -47,7 +47,7 @@ async fn a_publisher_declares_the_consumers_queues_before_its_first_event() {
     assert_is_quorum(&raw, QUEUE, true).await;
     assert_is_quorum(&raw, DLQ, false).await;
     assert_all(
-        &soon(publisher.publish(events(0..10))).await,
+        &soon(publisher.publish(shared(events(0..10)))).await,
         "stored",
         None,
     );
@@ -62,7 +62,7 @@ async fn a_relay_without_queues_declares_the_exchange_of_its_topic() {
         .publisher()
         .await
         .unwrap();
-    let outcomes = soon(publisher.publish(events(0..10))).await;
+    let outcomes = soon(publisher.publish(shared(events(0..10)))).await;
     assert_all(&outcomes, "retry", Some(Kind::Unrouted));
 }
 
@@ -95,7 +95,7 @@ async fn a_group_without_a_queue_gets_one_bound_to_its_types() {
         kind: "inventory.stock.other".into(),
         ..event("other")
     };
-    let outcomes = soon(publisher.publish(vec![event("1"), other])).await;
+    let outcomes = soon(publisher.publish(shared([event("1"), other]))).await;
     assert_eq!(
         words(&outcomes),
         [("stored", None), ("retry", Some(Kind::Unrouted))]
@@ -171,7 +171,11 @@ async fn a_classic_queue_of_that_name_is_named_with_the_way_out_and_kept() {
         .queues
         .insert("orders.classic".into(), Queue::new(TOPIC, GROUP, [KIND]));
     let publisher = Amqp::new(config).unwrap().publisher().await.unwrap();
-    assert_all(&soon(publisher.publish(events(0..5))).await, "stored", None);
+    assert_all(
+        &soon(publisher.publish(shared(events(0..5)))).await,
+        "stored",
+        None,
+    );
     assert_eq!(raw.drain("orders.classic").await.len(), 5);
 }
 
@@ -204,7 +208,11 @@ async fn a_user_without_the_right_to_declare_finds_what_others_declared() {
 
     super::amqp(&url).publisher().await.unwrap();
     let publisher = amqp.publisher().await.unwrap();
-    assert_all(&soon(publisher.publish(events(0..5))).await, "stored", None);
+    assert_all(
+        &soon(publisher.publish(shared(events(0..5)))).await,
+        "stored",
+        None,
+    );
     amqp.bind(&binding(TOPIC, GROUP, &[KIND])).await.unwrap();
 }
 
@@ -223,6 +231,10 @@ async fn the_url_is_read_from_its_file_at_each_connect() {
     assert_eq!(error.kind(), Kind::Unreachable, "{error}");
     std::fs::write(&file, format!("{url}\n")).unwrap();
     let publisher = amqp.publisher().await.unwrap();
-    assert_all(&soon(publisher.publish(events(0..5))).await, "stored", None);
+    assert_all(
+        &soon(publisher.publish(shared(events(0..5)))).await,
+        "stored",
+        None,
+    );
     std::fs::remove_file(&file).unwrap();
 }
