@@ -246,6 +246,13 @@ impl Watched {
         self.0.borrow().as_ref().is_none_or(|p| p.whole)
     }
 
+    /// Whether they have changed since this was asked, or [`Watched::changed`] resolved.
+    pub(crate) fn take_change(&mut self) -> bool {
+        let has_changed = self.0.has_changed().unwrap_or(false);
+        self.0.mark_unchanged();
+        has_changed
+    }
+
     /// Resolves at the next change.
     pub(crate) async fn changed(&mut self) {
         if self.0.changed().await.is_err() {
@@ -341,8 +348,10 @@ impl Watcher {
             Some(whole) => drop(self.report.trouble(WHOLE, &whole.to_string())),
             None => drop(self.report.clear(WHOLE)),
         }
-        self.report.pauses(all.clone());
-        self.seen.send_replace(Some(Arc::new(Pauses::of(all))));
+        // Who reads it in the health can count on it.
+        self.seen
+            .send_replace(Some(Arc::new(Pauses::of(all.clone()))));
+        self.report.pauses(all);
     }
 }
 

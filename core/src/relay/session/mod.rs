@@ -216,6 +216,10 @@ impl<'a> Session<'a> {
         self.heed(pauses.now());
         let mut give_up = None;
         loop {
+            // Before anything else is sent.
+            if pauses.take_change() {
+                self.heed(pauses.now());
+            }
             self.advance();
             if self.draining && self.is_quiet() {
                 return Ok(true);
