@@ -193,7 +193,6 @@ async fn a_read_only_database_costs_nothing_but_time(world: World) {
         let so_far = world.count_effects().await;
         // The host's own connections may remember the setting: they are the host's to renew.
         if url == producer {
-            world.producer.store().pool();
             make_read_only_connections_end(&mut c).await;
         }
         world.until_effects(so_far + 100).await;
