@@ -108,6 +108,11 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         NO_POWER_CUT,
     ),
     (
+        "who_cannot_see_the_pauses_yet_sends_and_reads_nothing",
+        Servers,
+        "nothing can keep a reader of SQLite from reading",
+    ),
+    (
         "an_outage_of_the_broker_is_quiet_and_soon_over",
         Servers,
         NO_SERVER,

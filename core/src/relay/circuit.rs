@@ -50,6 +50,17 @@ impl Circuit {
         Arc::new(circuit)
     }
 
+    /// In the metrics; also before anything has happened, so that an alarm finds its gauge.
+    pub(super) fn show(&self, state: BreakerState) {
+        let destination = self.destination.to_string();
+        let gauge = metrics::gauge!("pillarbox_relay_breaker", "destination" => destination);
+        gauge.set(match state {
+            BreakerState::Closed => 0.0,
+            BreakerState::HalfOpen => 1.0,
+            BreakerState::Open => 2.0,
+        });
+    }
+
     /// Wakes at each change of the state.
     pub(super) fn watch(&self) -> watch::Receiver<BreakerState> {
         self.state.subscribe()
@@ -123,12 +134,7 @@ impl Circuit {
         });
         if is_new {
             self.report.breaker(now);
-            let gauge = metrics::gauge!("pillarbox_relay_breaker", "destination" => self.destination.to_string());
-            gauge.set(match now {
-                BreakerState::Closed => 0.0,
-                BreakerState::HalfOpen => 1.0,
-                BreakerState::Open => 2.0,
-            });
+            self.show(now);
         }
         told
     }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use self::circuit::Circuit;
 use crate::{
     backoff::Backoff,
+    breaker::BreakerState,
     error::{Error, Kind, Result},
     failure::{OnExhausted, Retry, Side},
     lease::LeaseTerm,
@@ -247,6 +248,7 @@ impl Core {
     fn watched(mut self) -> (Self, Watcher) {
         let (destination, report) = (self.destination.clone(), self.report.clone());
         self.circuit = Circuit::new(destination.clone(), report.clone());
+        self.circuit.show(BreakerState::Closed);
         let watcher;
         (watcher, self.pauses) = Watcher::new(self.store.clone(), Side::Relay, destination, report);
         (self, watcher)

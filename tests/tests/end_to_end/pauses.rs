@@ -3,14 +3,15 @@
 use std::time::Duration;
 
 use pillarbox_core::{
-    Admin, Failure, Kind, RelaySettings, RetentionSettings, Running,
+    Admin, Database, Failure, Kind, Pool, RelaySettings, RetentionSettings, Running,
     admin::{Pause, Target},
     window::Limits,
 };
 use pillarbox_tests::{
-    TOPIC, Tick, TickHandler, World, in_both_worlds, numbers_by_key,
+    TOPIC, Tick, TickHandler, World, in_both_worlds, numbers_by_key, on_servers_alone,
     tables::{self, dead_letters, deferred},
     until,
+    wire::Client,
 };
 
 use crate::retry;
@@ -24,6 +25,8 @@ in_both_worlds!(
     a_paused_key_of_a_group_waits_and_its_neighbours_go_on,
     a_pause_ends_by_itself_and_is_removed,
 );
+
+on_servers_alone!(who_cannot_see_the_pauses_yet_sends_and_reads_nothing);
 
 const HOUR: Duration = Duration::from_secs(3_600);
 
@@ -356,4 +359,50 @@ async fn a_pause_ends_by_itself_and_is_removed(world: World) {
     assert_eq!(over.kind(), Kind::NotFound);
     way.stop().await;
     assert_in_order(&world, "a", 5).await;
+}
+
+/// Keeps everybody from seeing a database's pauses.
+async fn hide_pauses(database: &Database) -> sqlx::Transaction<'static, sqlx::Postgres> {
+    let Some(Pool::Postgres(pool)) = database.pool() else {
+        panic!("PostgreSQL")
+    };
+    let mut tx = pool.begin().await.expect("begin");
+    let lock = "LOCK TABLE pillarbox.pause IN ACCESS EXCLUSIVE MODE";
+    sqlx::query(lock).execute(&mut *tx).await.expect("a lock");
+    tx
+}
+
+/// One that starts during a pause must not send first and look then.
+async fn who_cannot_see_the_pauses_yet_sends_and_reads_nothing(world: World) {
+    let outbox = world.outbox();
+    let mut consumer = world.ticks(TickHandler::new());
+    consumer.bind().await.expect("bind");
+    world.commit(&outbox, &ticks("a", 1..=10)).await;
+
+    let hidden = hide_pauses(&world.producer).await;
+    let relay = world.relay(&outbox).spawn();
+    until("it has its leases", async || {
+        let health = relay.health();
+        health.of > 0 && health.held == health.of
+    })
+    .await;
+    a_while().await;
+    let client = Client::connect(world.amqp_url.as_deref().expect("a broker")).await;
+    assert_eq!(client.depth(&world.queue()).await, 0, "it was sent");
+    hidden.rollback().await.expect("rolled back");
+    until("it is sent", async || {
+        client.depth(&world.queue()).await == 10
+    })
+    .await;
+
+    let hidden = hide_pauses(&world.consumer).await;
+    let consumer = consumer.spawn();
+    a_while().await;
+    assert_eq!(consumer.health().held, 0);
+    assert_eq!(world.count_effects().await, 0, "it was read");
+    hidden.rollback().await.expect("rolled back");
+    world.until_effects(10).await;
+    relay.shutdown().await.expect("it ends well");
+    consumer.shutdown().await.expect("it ends well");
+    assert_in_order(&world, "a", 10).await;
 }
