@@ -103,6 +103,7 @@ async fn an_outage_of_the_broker_is_quiet_and_soon_over() {
     assert_eq!(deferred(&world.producer).await, 0, "an attempt was burned");
     assert_eq!(dead_letters(&world.producer).await, []);
 
+    let away = lines.take();
     rabbitmq.start_again().await.expect("started");
     let back = Instant::now();
     until("the breaker closes", async || {
@@ -115,17 +116,24 @@ async fn an_outage_of_the_broker_is_quiet_and_soon_over() {
         way.relay.health().trouble.is_none() && way.consumer.health().trouble.is_none()
     })
     .await;
-    let lines = lines.take();
+    let after = lines.take();
     way.stop().await;
     let minutes = usize::try_from(outage().as_secs() / 60).expect("a few");
     // What five minutes have beyond a shorter outage: a summary a minute.
-    let in_five = lines.len() + (5 - minutes);
-    println!("closed {closed:?} after the broker's return; {in_five} lines in five minutes:");
-    lines.iter().for_each(|line| println!("{line}"));
+    let in_five = away.len() + (5 - minutes);
+    println!(
+        "closed {closed:?} after the broker's return; {in_five} lines in five minutes, {} at its return:",
+        after.len()
+    );
+    for line in away.iter().chain(&after) {
+        println!("{line}");
+    }
     assert!(closed < Duration::from_secs(10), "it took {closed:?}");
-    assert!(in_five < 20, "{in_five} lines: {lines:#?}");
-    let opened = lines.iter().filter(|l| l.contains("the broker is away"));
-    assert_eq!(opened.count(), 1, "{lines:#?}");
+    // Six and five here; a broker that is still starting may take a connection and drop it again.
+    assert!(in_five < 14, "{in_five} lines: {away:#?}");
+    assert!(after.len() < 20, "{after:#?}");
+    let opened = away.iter().filter(|l| l.contains("the broker is away"));
+    assert_eq!(opened.count(), 1, "{away:#?}");
 }
 
 /// A connection of a test's own that writes whatever the database's default is.
