@@ -13,13 +13,7 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{
-    error::Result,
-    event::Key,
-    failure::Side,
-    running::Report,
-    store::Store,
-};
+use crate::{error::Result, event::Key, failure::Side, running::Report, store::Store};
 
 /// How often they are looked at.
 const LOOK: Duration = Duration::from_secs(1);

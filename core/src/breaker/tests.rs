@@ -123,7 +123,10 @@ impl Run {
         match (before, self.breaker.ask(self.now)) {
             (BreakerState::Closed, Permit::Go) | (BreakerState::HalfOpen, Permit::Wait) => {}
             (BreakerState::Open, Permit::At(until)) => {
-                assert!(until > self.now && until <= self.now + LONGEST, "waits too long");
+                assert!(
+                    until > self.now && until <= self.now + LONGEST,
+                    "waits too long"
+                );
             }
             (BreakerState::Open, Permit::Probe(probe)) => {
                 assert!(self.probe.is_none(), "two probe at once");

@@ -138,8 +138,7 @@ impl<'a> Session<'a> {
         let mut pauses = self.core.pauses.clone();
         loop {
             // Paused, it ends as it does at a stop, and the broker takes back in order what was not begun.
-            let goes_on =
-                self.broken.is_none() && !self.stop.is_cancelled() && !pauses.is_whole();
+            let goes_on = self.broken.is_none() && !self.stop.is_cancelled() && !pauses.is_whole();
             if goes_on {
                 self.start();
             } else if self.running.is_empty() {

@@ -196,7 +196,9 @@ impl Session<'_> {
         self.probe = None;
         // Quietly, as below: the breaker has told it.
         if self.core.report.is_troubled() {
-            self.core.report.clear(&trouble_with(self.partition, BROKER));
+            self.core
+                .report
+                .clear(&trouble_with(self.partition, BROKER));
         }
     }
 

@@ -31,9 +31,7 @@ use crate::{
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     pause::{NewPause, Target},
-    store::{
-        Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting,
-    },
+    store::{Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 use pool::Engine;
 
