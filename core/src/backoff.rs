@@ -33,9 +33,14 @@ impl Backoff {
 
     /// The next wait.
     pub(crate) fn step(&mut self) -> Duration {
+        self.step_by(chance())
+    }
+
+    /// The same with a given share of the jitter, 0 to 1.
+    pub(crate) fn step_by(&mut self, share: f64) -> Duration {
         let wait = self.next;
         self.next = (wait * 2).min(self.longest);
-        wait.mul_f64(0.8 + 0.2 * chance())
+        wait.mul_f64(0.8 + 0.2 * share)
     }
 
     pub(crate) fn reset(&mut self) {

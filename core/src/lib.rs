@@ -6,6 +6,7 @@ compile_error!("pillarbox needs a database: switch on its feature `postgres` or 
 pub mod admin;
 mod backoff;
 mod backpressure;
+mod breaker;
 pub mod config;
 pub mod connection;
 pub mod consumer;
@@ -16,6 +17,8 @@ pub mod failure;
 pub mod lease;
 pub mod memory;
 mod outbox;
+#[doc(hidden)]
+pub mod pause;
 pub mod relay;
 mod retention;
 mod running;
@@ -29,6 +32,7 @@ pub mod window;
 
 pub use admin::Admin;
 pub use backpressure::Backlog;
+pub use breaker::BreakerState;
 pub use config::{Config, Settings};
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};

@@ -136,7 +136,8 @@ impl Outbox {
 
     /// Writes one event, as JSON. Answers its id (UUIDv7).
     ///
-    /// All checks run before the statement, so a refused event leaves the transaction usable.
+    /// All checks run before the statement, so a refused event leaves the transaction usable. The event is there if and only
+    /// if the transaction's other writes are: if the answer to your COMMIT is lost, look for those, and never enqueue alone.
     ///
     /// # Errors
     /// [`Kind::Invalid`] and [`Kind::TooLarge`] name what is wrong with the event, or that no transaction is open on

@@ -163,11 +163,21 @@ impl Cleaner {
             }
             tokio::time::sleep(PAUSE).await;
         }
+        self.forget_pauses(lease).await?;
         for _ in 0..STEPS {
             if !self.trim(lease).await? {
                 break;
             }
             tokio::time::sleep(PAUSE).await;
+        }
+        Ok(())
+    }
+
+    /// They have ended by themselves already; here their rows go.
+    async fn forget_pauses(&self, lease: &Lease) -> Result<()> {
+        let removed = self.store.forget_pauses(lease, self.scope.side()).await?;
+        if removed > 0 {
+            tracing::debug!(of = self.scope.name(), removed, "pauses were over");
         }
         Ok(())
     }

@@ -9,7 +9,11 @@ use std::{
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    breaker::BreakerState,
+    error::{Error, Kind, Result},
+    pause::Pause,
+};
 
 /// What a relay or a consumer says of itself. Trouble with a broker is no reason to take a service out of traffic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +25,11 @@ pub struct Health {
     /// Keys of its destination or group that wait for an operator (see [`OnExhausted::Park`](crate::failure::OnExhausted)),
     /// as of the last look, about a second ago.
     pub parked: u64,
+    /// A relay's circuit breaker: whether its broker is there. A consumer's is always closed.
+    pub breaker: BreakerState,
+    /// What operators hold back of its destination or group, as of the last look, about a second ago. While the whole of it
+    /// is paused, `trouble` says so too.
+    pub pauses: Vec<Pause>,
     /// What it waits for, if it waits: the newest trouble, in a sentence.
     pub trouble: Option<String>,
 }
@@ -137,6 +146,14 @@ impl Report {
             h.parked = parked;
             differs
         });
+    }
+
+    pub(crate) fn breaker(&self, breaker: BreakerState) {
+        self.health.send_modify(|h| h.breaker = breaker);
+    }
+
+    pub(crate) fn pauses(&self, pauses: Vec<Pause>) {
+        self.health.send_modify(|h| h.pauses = pauses);
     }
 
     /// Notes a trouble with something. True if it is new: worth a line in the log, where a repeat is not.

@@ -79,6 +79,8 @@ struct Rules {
     held: [bool; 2],
     /// After so many more bytes in a direction, the connection that carried the last of them ends.
     budget: [Option<(u64, End)>; 2],
+    /// The next connection that says this to the server ends before it has the answer.
+    last_words: Option<Vec<u8>>,
     /// Connections with a number up to this one have been ended, and how.
     ended: (u64, Option<End>),
     /// The number of the last connection that was taken.
@@ -225,6 +227,19 @@ impl Proxy {
     pub fn reset_after_bytes(&self, direction: Direction, bytes: u64) {
         self.shared
             .change(|rules| rules.budget[direction as usize] = Some((bytes, End::Reset)));
+    }
+
+    /// Forwards what a client says up to the next `text` inclusive, and then closes that connection: the server has all of
+    /// it and the client no answer. Once; a later call replaces it. A text that is split between two packets is not seen.
+    pub fn cut_before_answer(&self, text: &[u8]) {
+        self.shared
+            .change(|rules| rules.last_words = Some(text.to_vec()));
+    }
+
+    /// Whether a connection is still to end by [`Proxy::cut_before_answer`].
+    #[must_use]
+    pub fn awaits_text(&self) -> bool {
+        self.shared.rules().last_words.is_some()
     }
 
     /// Stops listening, so that new connections are refused; those that stand go on. `false` listens again, on the same
@@ -477,6 +492,12 @@ fn pass_on(
     shared
         .counters
         .send_modify(|counters| *counters.bytes(direction) += written as u64);
+    if direction == Direction::ToServer && says(rules.last_words.as_deref(), &bytes[..written]) {
+        rules.last_words = None;
+        // A FIN: a reset could overtake what was said.
+        return Passed::Broken(End::Close);
+    }
+    let budget = &mut rules.budget[direction as usize];
     if let Some((left, end)) = budget {
         *left -= written as u64;
         if *left == 0 {
@@ -486,6 +507,10 @@ fn pass_on(
         }
     }
     Passed::Bytes(written)
+}
+
+fn says(text: Option<&[u8]>, bytes: &[u8]) -> bool {
+    text.is_some_and(|text| !text.is_empty() && bytes.windows(text.len()).any(|w| w == text))
 }
 
 /// Makes the socket end in the given way when it is dropped.

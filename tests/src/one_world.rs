@@ -107,6 +107,26 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Servers,
         NO_POWER_CUT,
     ),
+    (
+        "who_cannot_see_the_pauses_yet_sends_and_reads_nothing",
+        Servers,
+        "nothing can keep a reader of SQLite from reading",
+    ),
+    (
+        "an_outage_of_the_broker_is_quiet_and_soon_over",
+        Servers,
+        NO_SERVER,
+    ),
+    (
+        "a_read_only_database_costs_nothing_but_time",
+        Servers,
+        "SQLite has no failover after which it refuses writes",
+    ),
+    (
+        "a_commit_whose_answer_is_lost_changes_nothing",
+        Servers,
+        NO_SERVER,
+    ),
     ("a_wrong_password_is_told_and_not_shown", Servers, NO_SERVER),
     (
         "memory_is_held_by_one_at_a_time",

@@ -4,10 +4,12 @@
 //! what was put back by itself, within about a second.
 
 mod letters;
+mod pauses;
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
 pub use crate::failure::Side;
+pub use crate::pause::{Expiry, Pause, Target};
 pub use letters::{Done, DryRun, Ended, Filter, Letter, LetterId, Pace, Page, Shown};
 
 use crate::{

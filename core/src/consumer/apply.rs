@@ -175,6 +175,7 @@ async fn run(
         unit.blocked(&messages).await.map_err(Undone::of)?
     };
     let mut lines = HashSet::<&Key>::new();
+    let pauses = core.pauses.now();
     let (begun, most) = (Instant::now(), batch_time(core.settings.lease.term()));
     // What has run is noted, however long that takes.
     let ran = items.iter().any(|i| i.ran.is_some());
@@ -184,7 +185,8 @@ async fn run(
         }
         done.handled += 1;
         let (event, key) = (item.event, item.key.as_ref());
-        let behind = blocked || key.is_some_and(|k| lines.contains(k));
+        let held = event.line.is_none() && pauses.as_ref().is_some_and(|p| p.hold_key(key));
+        let behind = blocked || held || key.is_some_and(|k| lines.contains(k));
         let tried = match (&item.way, &item.ran) {
             // Another program of the group deferred it, and has a handler: here its line waits.
             (None, _) if pumped => {

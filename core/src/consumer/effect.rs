@@ -139,7 +139,9 @@ impl Course<'_> {
         }
         let new = item.event.line.is_none();
         let behind = item.key.as_ref().is_some_and(|k| self.lines.contains(k));
-        if behind || new && standing.waits {
+        let pauses = self.core.pauses.now();
+        let held = pauses.is_some_and(|p| p.hold_key(item.key.as_ref()));
+        if behind || new && (standing.waits || held) {
             return Ok(match self.full().await? {
                 Some(full) if new => Step::Before(full),
                 _ => Step::On,

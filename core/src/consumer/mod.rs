@@ -34,9 +34,10 @@ use crate::{
     connection::Database,
     error::{Error, Kind, Result},
     event::Event,
-    failure::Retry,
+    failure::{Retry, Side},
     lease::LeaseTerm,
     outbox::Outbox,
+    pause::{Watched, Watcher},
     retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
@@ -120,6 +121,7 @@ struct Core {
     retry: Arc<Retry>,
     retention: Arc<RetentionSettings>,
     report: Report,
+    pauses: Watched,
     /// A line was made, or grew: the pump looks.
     deferred: Arc<Notify>,
     /// Transactions that may be open at once.
@@ -162,6 +164,7 @@ impl Consumer {
             retry: Arc::default(),
             retention: Arc::default(),
             report: Report::new().0,
+            pauses: Watched::unknown(),
             deferred: Arc::default(),
             turns: Arc::new(Semaphore::new(database.store().writers())),
         };
@@ -348,7 +351,12 @@ impl Consumer {
         let more = sides.saturating_mul(self.core.settings.workers.max(1));
         let _room = Room::new(&self.core.store, more.saturating_sub(2));
         self.core.report.expect(sources.len());
+        let (group, report) = (self.core.group.clone(), self.core.report.clone());
+        let store = self.core.store.clone();
+        let watcher;
+        (watcher, self.core.pauses) = Watcher::new(store, Side::Consumer, group, report);
         let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(task(watcher.run(stop.clone())));
         for source in sources {
             tasks.spawn(task(source::run(self.core.clone(), source, stop.clone())));
         }

@@ -83,6 +83,7 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
 async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationToken) -> Result<()> {
     let mut copies = Copies::default();
     let mut look_at = Instant::now();
+    let mut pauses = core.pauses.clone();
     loop {
         let mut next = POLL;
         if core.retry.on_exhausted == OnExhausted::Park && look_at <= Instant::now() {
@@ -90,7 +91,7 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
             core.report.parked(waiting.parked);
             look_at = Instant::now() + POLL;
         }
-        let lines = core.store.lines(lease, BATCH).await?;
+        let lines = lines(core, lease).await?;
         if lines.is_empty() {
             core.clear(PUMP);
             core.clear(EVENTS);
@@ -112,9 +113,28 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
             biased;
             () = stop.cancelled() => return Ok(()),
             () = core.deferred.notified() => {}
+            () = pauses.changed() => {}
             () = tokio::time::sleep(next) => {}
         }
     }
+}
+
+/// The lines that may go on.
+async fn lines(core: &Core, lease: &Lease) -> Result<Vec<Line>> {
+    let Some(pauses) = core.pauses.now().filter(|p| !p.whole) else {
+        return Ok(Vec::new());
+    };
+    // Lines that are held back are due first, and must not hide the others.
+    let held = u32::try_from(pauses.keys.len()).unwrap_or(u32::MAX);
+    let mut lines = core.store.lines(lease, BATCH.saturating_add(held)).await?;
+    lines.retain(|line| !pauses.hold_key(line.key.as_ref()));
+    Ok(lines)
+}
+
+/// Whether an operator holds the line back since it was found.
+fn is_paused(core: &Core, line: &Line) -> bool {
+    let pauses = core.pauses.now();
+    pauses.is_none_or(|p| p.whole || p.hold_key(line.key.as_ref()))
 }
 
 /// Applies the due events at the head of a line, in order. True if there may be more at once.
@@ -145,7 +165,7 @@ async fn drain_line(
         })
         .collect();
     let (mut left, mut most, mut overdue) = (&events[..], events.len(), None::<String>);
-    while !left.is_empty() {
+    while !left.is_empty() && !is_paused(core, &line) {
         let part = &left[..most.min(left.len())];
         let applied = apply(core, owner, part, true, overdue.as_deref()).await;
         if let Ok(Some(sent)) = applied.as_ref().map(|a| a.sent) {

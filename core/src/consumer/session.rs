@@ -135,8 +135,10 @@ impl<'a> Session<'a> {
     pub(super) async fn run(mut self, subscription: &mut dyn Subscription) -> Result<()> {
         let overstayed = overstayed(self.stop, self.core.settings.drain);
         tokio::pin!(overstayed);
+        let mut pauses = self.core.pauses.clone();
         loop {
-            let goes_on = self.broken.is_none() && !self.stop.is_cancelled();
+            // Paused, it ends as it does at a stop, and the broker takes back in order what was not begun.
+            let goes_on = self.broken.is_none() && !self.stop.is_cancelled() && !pauses.is_whole();
             if goes_on {
                 self.start();
             } else if self.running.is_empty() {
@@ -157,6 +159,7 @@ impl<'a> Session<'a> {
                     self.receive(delivery, subscription);
                 }
                 () = self.stop.cancelled(), if goes_on => {}
+                () = pauses.changed(), if goes_on => {}
                 () = tokio::time::sleep_until(due), if goes_on => {}
             }
         }

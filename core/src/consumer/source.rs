@@ -21,6 +21,12 @@ pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> 
     let mut backoff = Backoff::connection();
     let trouble = Troubles::new(&source);
     while !stop.is_cancelled() {
+        // Without the lease, which goes with the subscription: whoever has it reads.
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            () = core.pauses.goes_on() => {}
+        }
         let sent = Instant::now();
         let wait = match core.store.acquire(&key, core.settings.lease).await {
             Ok(Some(acquired)) => {

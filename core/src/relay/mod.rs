@@ -1,5 +1,6 @@
 //! The relay's side of an event's way: log, window, publisher, cursor.
 
+mod circuit;
 mod lines;
 mod partition;
 mod session;
@@ -10,12 +11,15 @@ use std::{collections::HashSet, future::Future, sync::Arc, time::Duration};
 use pillarbox_transport::{Limits, Message, Transport};
 use tokio_util::sync::CancellationToken;
 
+use self::circuit::Circuit;
 use crate::{
     backoff::Backoff,
+    breaker::BreakerState,
     error::{Error, Kind, Result},
-    failure::{OnExhausted, Retry},
+    failure::{OnExhausted, Retry, Side},
     lease::LeaseTerm,
     outbox::Outbox,
+    pause::{Watched, Watcher},
     retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
@@ -109,11 +113,14 @@ struct Core {
     retry: Arc<Retry>,
     retention: Arc<RetentionSettings>,
     report: Report,
+    circuit: Arc<Circuit>,
+    pauses: Watched,
 }
 
 impl Relay {
     /// A relay of the outbox's database to this transport, destination `main`, all topics.
     pub fn new(outbox: &Outbox, transport: Arc<dyn Transport>) -> Self {
+        let report = Report::new().0;
         let core = Core {
             store: outbox.database().store().clone(),
             transport,
@@ -126,7 +133,9 @@ impl Relay {
             settings: Arc::default(),
             retry: Arc::default(),
             retention: Arc::default(),
-            report: Report::new().0,
+            circuit: Circuit::new("main".into(), report.clone()),
+            pauses: Watched::unknown(),
+            report,
         };
         Self { core }
     }
@@ -194,7 +203,7 @@ impl Relay {
     }
 
     async fn run(self, stop: CancellationToken) -> Result<()> {
-        let core = self.core;
+        let (core, watcher) = self.core.watched();
         let mut backoff = Backoff::connection();
         let partitions = loop {
             match core.store.partitions().await {
@@ -214,6 +223,7 @@ impl Relay {
         for partition in 0..partitions {
             tasks.spawn(task(partition::run(core.clone(), partition, stop.clone())));
         }
+        tasks.spawn(task(watcher.run(stop.clone())));
         tasks.spawn(task(core.cleaner().run(stop.clone())));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
@@ -234,6 +244,16 @@ impl Relay {
 }
 
 impl Core {
+    /// Its destination and where it reports to are known now.
+    fn watched(mut self) -> (Self, Watcher) {
+        let (destination, report) = (self.destination.clone(), self.report.clone());
+        self.circuit = Circuit::new(destination.clone(), report.clone());
+        self.circuit.show(BreakerState::Closed);
+        let watcher;
+        (watcher, self.pauses) = Watcher::new(self.store.clone(), Side::Relay, destination, report);
+        (self, watcher)
+    }
+
     fn cleaner(&self) -> Cleaner {
         Cleaner {
             store: self.store.clone(),

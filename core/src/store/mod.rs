@@ -21,6 +21,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
+    pause::{NewPause, Pause, Target},
 };
 
 #[cfg(feature = "postgres")]
@@ -31,7 +32,7 @@ pub(crate) mod sqlite;
 /// The program's number for the schema's "oldest program that may use it".
 pub const PROGRAM: i32 = 1;
 /// The schema version that this program makes.
-pub const SCHEMA_VERSION: i32 = 3;
+pub const SCHEMA_VERSION: i32 = 4;
 
 /// A database of outbox, cursors, leases, exceptions and inbox.
 #[async_trait]
@@ -182,6 +183,32 @@ pub trait Store: Send + Sync + 'static {
 
     /// Deletes dead letters and parked events in one durable transaction, and answers how many. A consumer's inbox remembers them.
     async fn discard_letters(&self, side: Side, scope: &str, ids: &[LineId]) -> Result<u64>;
+
+    /// The pauses in force: of a destination or group, or all there are. The simulation's operators pause nothing.
+    async fn pauses(&self, _of: Option<(Side, &str)>) -> Result<Vec<Paused>> {
+        Ok(Vec::new())
+    }
+
+    /// Makes a pause, or replaces the one of the same target, in one durable transaction. None if its expiry is over by the
+    /// database's clock, or lies further ahead than [`Pause::LONGEST`].
+    async fn pause(&self, _pause: &NewPause) -> Result<Option<Paused>> {
+        Ok(None)
+    }
+
+    /// Ends a pause, and answers it if it was in force.
+    async fn resume(&self, _target: &Target) -> Result<Option<Paused>> {
+        Ok(None)
+    }
+
+    /// The destinations or groups that have run on this database, the first 100 by name.
+    async fn scopes(&self, _side: Side) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Removes the pauses of a side that are over, and answers how many.
+    async fn forget_pauses(&self, _lease: &Lease, _side: Side) -> Result<u64> {
+        Ok(0)
+    }
 }
 
 /// What a step of cleaning did.
@@ -193,6 +220,15 @@ pub struct Cleaned {
     pub more: bool,
     /// What could not be cleaned because of something that passes, or that a person must mend: of what, and why.
     pub held: Vec<(String, &'static str)>,
+}
+
+/// A pause in force.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paused {
+    /// The pause.
+    pub pause: Pause,
+    /// Until it ends by itself, by the database's clock.
+    pub left: Duration,
 }
 
 /// Dead letters that were removed.

@@ -29,6 +29,7 @@ pub(crate) mod inbox;
 pub(crate) mod leases;
 pub(crate) mod letters;
 pub(crate) mod log;
+pub(crate) mod pauses;
 pub(crate) mod retention;
 pub(crate) mod schedule;
 pub(crate) mod schema;
@@ -248,6 +249,9 @@ macro_rules! exercise {
             schema::a_database_without_tables_names_migrate,
             schema::a_schema_that_asks_for_a_newer_program_is_refused,
             schema::a_schema_of_another_name_is_apart,
+            pauses::a_pause_is_kept_until_it_is_resumed_or_over,
+            pauses::an_expiry_lies_within_a_week_by_the_databases_clock,
+            pauses::what_has_run_is_known_by_name,
             leases::a_lease_has_one_owner,
             leases::a_lease_that_is_given_back_is_free,
             leases::a_lease_expires_and_is_taken_over,

@@ -324,3 +324,21 @@ async fn a_url_leads_through_the_proxy() {
     );
     assert!(Proxy::before("not a url").await.is_err());
 }
+
+#[tokio::test]
+async fn the_server_has_the_last_words_and_the_client_no_answer() {
+    let Pair {
+        proxy,
+        mut client,
+        mut server,
+        ..
+    } = pair().await;
+    proxy.cut_before_answer(b"COMMIT\0");
+    client.write_all(b"READ COMMITTED\0").await.unwrap();
+    assert_eq!(read(&mut server, 15).await, b"READ COMMITTED\0");
+    assert!(proxy.awaits_text());
+    client.write_all(b"then COMMIT\0").await.unwrap();
+    assert_eq!(rest(&mut server).await, (b"then COMMIT\0".to_vec(), None));
+    assert!(!proxy.awaits_text());
+    assert_eq!(rest(&mut client).await.0, b"");
+}

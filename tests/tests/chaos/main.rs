@@ -3,6 +3,7 @@
 mod held;
 mod kills;
 mod network;
+mod outages;
 mod restarts;
 mod secrets;
 mod zombies;

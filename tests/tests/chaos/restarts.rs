@@ -13,7 +13,7 @@ use pillarbox_tests::{
 use crate::{STEADY, assert_whole, tap, until_all_applied};
 
 /// A world on servers of its own, which it may restart.
-async fn own() -> Option<(World, Postgres, RabbitMq)> {
+pub(crate) async fn own() -> Option<(World, Postgres, RabbitMq)> {
     let (postgres, rabbitmq) = tokio::join!(Postgres::start(), RabbitMq::start());
     let postgres = servers::required(postgres)?;
     let rabbitmq = servers::required(rabbitmq)?;

@@ -11,6 +11,7 @@ mod late;
 mod later;
 mod operators;
 mod owners;
+mod pauses;
 mod poison;
 mod refused;
 mod settings;

@@ -6,15 +6,32 @@ use futures_util::FutureExt;
 use pillarbox_transport::{Outcome, Publisher};
 use tokio::time::Instant;
 
-use super::{BROKER, Done, Failed, Pause, Session};
+use super::{super::circuit::Open, BROKER, Done, Failed, Pause, Session, trouble_with};
 use crate::{backoff::Backoff, error::Result, failure::PARKED, store::Logged, window::Attempt};
 
 impl Session<'_> {
-    pub(super) fn open(&mut self) {
+    /// Opens a publisher, if it is time to; else answers when that may be, unless it is for the breaker to tell.
+    pub(super) fn open(&mut self, now: Instant) -> Option<Instant> {
+        if self.open_at > now {
+            return Some(self.open_at);
+        }
+        self.probe = match self.core.circuit.ask(now) {
+            Open::Now(probe) => probe,
+            Open::At(at) => return Some(at),
+            Open::Later => return None,
+        };
         self.opening = true;
         let transport = self.core.transport.clone();
         self.work
             .push(async move { Done::Opened(transport.publisher().await) }.boxed());
+        None
+    }
+
+    /// A paused destination needs no publisher, once what was sent is answered.
+    pub(super) fn rest(&mut self) {
+        if self.window.in_flight() == 0 {
+            (self.publisher, self.probe) = (None, None);
+        }
     }
 
     pub(super) fn opened(
@@ -27,12 +44,13 @@ impl Session<'_> {
                 self.publisher = Some(publisher);
                 // Nothing is there whose confirm would show it.
                 if self.window.is_empty() {
-                    self.goes_on(BROKER);
+                    self.is_back();
                 }
             }
             Err(e) => {
-                self.waits(BROKER, &e.to_string());
-                self.open_at = Instant::now() + self.open_backoff.step();
+                self.is_away(&e);
+                let probe = self.probe.take();
+                self.core.circuit.failed(&e, probe.as_ref());
             }
         }
     }
@@ -41,11 +59,23 @@ impl Session<'_> {
         let settings = self.core.settings.clone();
         // One that filled the window would leave nothing to send while its confirms are awaited.
         let most = settings.publish.min(settings.window.in_flight / 4).max(1);
+        let held = self.pauses.clone().unwrap_or_default();
         loop {
+            let probes = self.probe.is_some();
+            if probes && self.window.in_flight() > 0 {
+                return;
+            }
             let paused = &self.paused;
-            let allowed = |e: &Logged| paused.get(&e.message.topic).is_none_or(|p| p.until <= now);
-            let attempts = self.window.take(most, allowed);
+            let allowed = |e: &Logged| {
+                let topic = &e.message.topic;
+                paused.get(topic).is_none_or(|p| p.until <= now) && !held.hold_topic(topic)
+            };
+            let attempts = self.window.take(if probes { 1 } else { most }, allowed);
             if attempts.is_empty() {
+                // Nothing is there to prove it with: that it could be opened must do.
+                if probes {
+                    self.is_back();
+                }
                 return;
             }
             let (attempts, refused) = self.without_defects(attempts);
@@ -160,11 +190,29 @@ impl Session<'_> {
         }
     }
 
+    /// The broker has answered, whatever it said.
+    fn is_back(&mut self) {
+        self.core.circuit.answered();
+        self.probe = None;
+        // Quietly, as below: the breaker has told it.
+        if self.core.report.is_troubled() {
+            self.core
+                .report
+                .clear(&trouble_with(self.partition, BROKER));
+        }
+    }
+
+    /// In the health alone: an outage is one line in the log, the breaker's, and not one for each partition and try.
+    fn is_away(&self, e: &pillarbox_transport::Error) {
+        let what = trouble_with(self.partition, BROKER);
+        self.core.report.trouble(&what, &e.to_string());
+    }
+
     /// The broker takes events of this topic, or says what is wrong with one: it is not away.
     pub(super) fn answers(&mut self, topic: &str) {
         self.open_backoff.reset();
         self.paused.remove(topic);
-        self.goes_on(BROKER);
+        self.is_back();
         self.goes_on(topic);
     }
 
@@ -175,13 +223,16 @@ impl Session<'_> {
     /// The session is dead: what is still open on it resolves by itself, and nothing more is given to it.
     pub(super) fn lose_publisher(&mut self, e: &pillarbox_transport::Error) {
         if self.publisher.take().is_some() {
-            self.waits(BROKER, &e.to_string());
+            self.is_away(e);
+            let probe = self.probe.take();
+            self.core.circuit.lost(e, probe.as_ref());
             self.open_at = Instant::now() + self.open_backoff.step();
         }
     }
 
     /// The broker's trouble, not the event's: the topic waits, nothing is counted.
     pub(super) fn pause(&mut self, topic: String, e: &pillarbox_transport::Error) {
+        self.is_back();
         self.waits(&topic, &e.to_string());
         let now = Instant::now();
         let fresh = || Pause {

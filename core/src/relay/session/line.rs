@@ -62,7 +62,11 @@ impl Session<'_> {
                 self.window.block(key.clone());
             }
             let due = now + line.due_in;
-            self.lines.found(LineName::new(line.key, line.head), due);
+            let name = LineName::new(line.key, line.head);
+            // One that waits for the end of a pause is due all the same.
+            if !self.put_off.contains(&name) {
+                self.lines.found(name, due);
+            }
         }
     }
 
@@ -129,6 +133,10 @@ impl Session<'_> {
                 return self.trouble(LINE, e);
             }
         };
+        if self.holds(&event.message) {
+            self.put_off(name);
+            return Ok(());
+        }
         let paused = self
             .paused
             .get(&event.message.topic)

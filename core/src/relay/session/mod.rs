@@ -7,6 +7,7 @@ mod broker;
 mod failed;
 mod line;
 mod log;
+mod pauses;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,13 +20,14 @@ use pillarbox_transport::{Outcome, Publisher};
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 
-use super::{Core, lines::LineName, lines::Lines, trail::Trail};
+use super::{Core, circuit::Probe, lines::LineName, lines::Lines, trail::Trail};
 use crate::{
     backoff::Backoff,
     cursor::Progress,
     error::{Error, Kind, Result},
     failure::{Deferred, Line},
     lease::{Acquired, Keeper, Lease},
+    pause::Pauses,
     store::{Due, Logged, Slice, Store, Waiting},
     window::{Attempt, Seq, Window},
 };
@@ -90,6 +92,8 @@ struct Session<'a> {
     opening: bool,
     open_at: Instant,
     open_backoff: Backoff,
+    /// It finds out for all partitions whether the broker is back.
+    probe: Option<Probe>,
 
     window: Window<Logged>,
     trail: Trail,
@@ -99,6 +103,11 @@ struct Session<'a> {
     /// Events that may have been sent: an answer was lost.
     unsure: HashSet<Seq>,
     paused: HashMap<String, Pause>,
+    /// What operators hold back; none before it is known.
+    pauses: Option<Arc<Pauses>>,
+    /// Lines that wait for the end of a pause.
+    put_off: HashSet<LineName>,
+    told_full: bool,
 
     reading: bool,
     from: Progress,
@@ -172,12 +181,16 @@ impl<'a> Session<'a> {
             opening: false,
             open_at: now,
             open_backoff: Backoff::connection(),
+            probe: None,
             window: Window::new(core.settings.window),
             trail: Trail::default(),
             lines: Lines::default(),
             failed: HashMap::new(),
             unsure: HashSet::new(),
             paused: HashMap::new(),
+            pauses: None,
+            put_off: HashSet::new(),
+            told_full: false,
             reading: false,
             from: acquired.progress,
             poll_at: now,
@@ -199,8 +212,14 @@ impl<'a> Session<'a> {
     /// True once a stop has drained.
     async fn work(&mut self, stop: &CancellationToken) -> Result<bool> {
         let mut wake = self.core.wake.listen();
+        let (mut circuit, mut pauses) = (self.core.circuit.watch(), self.core.pauses.clone());
+        self.heed(pauses.now());
         let mut give_up = None;
         loop {
+            // Before anything else is sent.
+            if pauses.take_change() {
+                self.heed(pauses.now());
+            }
             self.advance();
             if self.draining && self.is_quiet() {
                 return Ok(true);
@@ -226,6 +245,9 @@ impl<'a> Session<'a> {
                 () = woken(&mut wake), if !self.draining => {
                     (self.poll_at, self.poll) = (now, self.core.settings.busy_poll);
                 }
+                // Another partition has found out about the broker.
+                Ok(()) = circuit.changed(), if self.publisher.is_none() && !self.draining => {}
+                () = pauses.changed(), if !self.draining => self.heed(pauses.now()),
                 () = sleep_until(next) => {}
             }
         }
@@ -298,13 +320,16 @@ impl<'a> Session<'a> {
                 at(self.poll_at)
             }
         }
+        self.tell_full();
+        if self.is_paused() {
+            self.rest();
+            return next;
+        }
         if self.publisher.is_none() {
-            if !self.opening {
-                if self.open_at <= now {
-                    self.open()
-                } else {
-                    at(self.open_at)
-                }
+            if !self.opening
+                && let Some(open_at) = self.open(now)
+            {
+                at(open_at);
             }
             return next;
         }
@@ -318,11 +343,9 @@ impl<'a> Session<'a> {
             at(resume);
         }
         self.publish(now);
-        let (due, later) = self.lines.due(now);
-        for name in due {
-            self.load_line(name);
+        if self.probe.is_none() {
+            self.start_lines(now).into_iter().for_each(at);
         }
-        later.into_iter().for_each(at);
         next
     }
 

@@ -8,6 +8,7 @@ mod failure;
 mod lease;
 mod letters;
 mod log;
+mod pause;
 mod retention;
 mod row;
 mod schedule;
@@ -24,7 +25,7 @@ use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting};
+use super::{Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting};
 use crate::{
     admin::{DryRun, Filter, Letter, LetterId, Shown},
     backpressure::Backlog,
@@ -34,6 +35,7 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
+    pause::{NewPause, Target},
 };
 
 /// The store over a PostgreSQL pool.
@@ -50,6 +52,7 @@ struct Inner {
     schedule: schedule::Statements,
     unit: unit::Statements,
     retention: retention::Statements,
+    pause: pause::Statements,
 }
 
 impl Postgres {
@@ -66,6 +69,7 @@ impl Postgres {
             schedule: schedule::Statements::new(schema),
             unit: unit::Statements::new(schema),
             retention: retention::Statements::new(schema),
+            pause: pause::Statements::new(schema),
         }))
     }
 
@@ -319,5 +323,36 @@ impl Store for Postgres {
         let (inner, scope, ids) = (self.inner(), scope.to_owned(), ids.to_vec());
         let work = async move { inner.discard(side, &scope, &ids).await };
         to_its_end("discard dead letters", DEADLINE, work).await
+    }
+
+    async fn pauses(&self, of: Option<(Side, &str)>) -> Result<Vec<Paused>> {
+        let inner = self.inner();
+        let of = of.map(|(side, scope)| (side, scope.to_owned()));
+        let work = async move { inner.pauses(of).await };
+        to_its_end("look for pauses", DEADLINE, work).await
+    }
+
+    async fn pause(&self, pause: &NewPause) -> Result<Option<Paused>> {
+        let (inner, pause) = (self.inner(), pause.clone());
+        let work = async move { inner.pause(&pause).await };
+        to_its_end("pause", DEADLINE, work).await
+    }
+
+    async fn resume(&self, target: &Target) -> Result<Option<Paused>> {
+        let (inner, target) = (self.inner(), target.clone());
+        let work = async move { inner.resume(&target).await };
+        to_its_end("resume", DEADLINE, work).await
+    }
+
+    async fn scopes(&self, side: Side) -> Result<Vec<String>> {
+        let inner = self.inner();
+        let work = async move { inner.scopes(side).await };
+        to_its_end("look for what has run", DEADLINE, work).await
+    }
+
+    async fn forget_pauses(&self, lease: &Lease, side: Side) -> Result<u64> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.forget_pauses(&lease, side).await };
+        self.held("remove pauses that are over", work).await
     }
 }

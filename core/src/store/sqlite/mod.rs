@@ -7,6 +7,7 @@ mod failure;
 mod lease;
 mod letters;
 mod log;
+mod pause;
 mod pool;
 mod retention;
 mod row;
@@ -29,7 +30,8 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    pause::{NewPause, Target},
+    store::{Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting},
 };
 use pool::Engine;
 
@@ -305,6 +307,41 @@ impl Store for Sqlite {
         self.engine
             .write("discard dead letters", move |tx| {
                 Box::pin(async move { letters::discard(tx, &place, &ids).await })
+            })
+            .await
+    }
+
+    async fn pauses(&self, of: Option<(Side, &str)>) -> Result<Vec<Paused>> {
+        pause::list(&self.engine, of).await
+    }
+
+    async fn pause(&self, new: &NewPause) -> Result<Option<Paused>> {
+        let new = new.clone();
+        self.engine
+            .write("pause", move |tx| {
+                Box::pin(async move { pause::pause(tx, &new).await })
+            })
+            .await
+    }
+
+    async fn resume(&self, target: &Target) -> Result<Option<Paused>> {
+        let target = target.clone();
+        self.engine
+            .write("resume", move |tx| {
+                Box::pin(async move { pause::resume(tx, &target).await })
+            })
+            .await
+    }
+
+    async fn scopes(&self, side: Side) -> Result<Vec<String>> {
+        pause::scopes(&self.engine, side).await
+    }
+
+    async fn forget_pauses(&self, lease: &Lease, side: Side) -> Result<u64> {
+        let lease = lease.clone();
+        self.engine
+            .write("remove pauses that are over", move |tx| {
+                Box::pin(async move { pause::forget(tx, &lease, side).await })
             })
             .await
     }
