@@ -6,7 +6,10 @@ use std::{fmt, str::FromStr, time::SystemTime};
 
 use pillarbox_transport::cloudevents;
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    admin::Removed,
+    error::{Error, Kind, Result},
+};
 
 /// The default destination, which `migrate` makes at the start of the log.
 pub const MAIN: &str = "main";
@@ -121,6 +124,32 @@ pub(crate) fn check_name(operation: &'static str, name: &str) -> Result<()> {
     let shown: String = name.chars().take(NAME).collect();
     let text = format!("the name {shown:?}; {NAMES} are expected");
     Err(Error::new(Kind::Invalid, operation, text))
+}
+
+/// The error for removing the only one: without any, the log would keep nothing for anybody.
+pub(crate) fn last_one(operation: &'static str, name: &str) -> Error {
+    let text = format!(
+        "{name:?} is the last destination, and without one the log keeps nothing: add its successor first"
+    );
+    Error::new(Kind::Invalid, operation, text)
+}
+
+/// The error for a relay whose destination was removed.
+pub(crate) fn gone(operation: &'static str, removed: &Removed) -> Error {
+    let Removed {
+        name,
+        at,
+        why,
+        unpublished,
+        deferred,
+        ..
+    } = removed;
+    let at = cloudevents::rfc3339(*at);
+    let text = format!(
+        "the destination {name:?} was removed at {at} ({why}), and {unpublished} events of the log and {deferred} deferred \
+         ones with it; an operator may add it anew"
+    );
+    Error::new(Kind::NotFound, operation, text)
 }
 
 /// The destination that a replay is while it lasts.

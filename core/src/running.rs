@@ -9,7 +9,10 @@ use std::{
 use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, Kind, Result};
+use crate::{
+    destination::Reanchored,
+    error::{Error, Kind, Result},
+};
 
 /// What a relay or a consumer says of itself. Trouble with a broker is no reason to take a service out of traffic.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -21,6 +24,9 @@ pub struct Health {
     /// Keys of its destination or group that wait for an operator (see [`OnExhausted::Park`](crate::failure::OnExhausted)),
     /// as of the last look, about a second ago.
     pub parked: u64,
+    /// Relays: its database was found in another cluster or behind another server, as of the last time in this run. Events come
+    /// again by that.
+    pub reanchored: Option<Reanchored>,
     /// What it waits for, if it waits: the newest trouble, in a sentence.
     pub trouble: Option<String>,
 }
@@ -137,6 +143,11 @@ impl Report {
             h.parked = parked;
             differs
         });
+    }
+
+    pub(crate) fn reanchored(&self, reanchored: Reanchored) {
+        self.health
+            .send_modify(|h| h.reanchored = Some(reanchored));
     }
 
     /// Notes a trouble with something. True if it is new: worth a line in the log, where a repeat is not.

@@ -40,6 +40,22 @@ pub struct Destination {
 }
 
 impl Destination {
+    pub(crate) fn new(name: String, start: Start, added: SystemTime, unserved: Duration) -> Self {
+        Self {
+            name,
+            start,
+            added,
+            cursors: Vec::new(),
+            lag: Duration::ZERO,
+            behind: 0,
+            deferred: 0,
+            parked: 0,
+            scheduled: 0,
+            dead_letters: 0,
+            unserved,
+        }
+    }
+
     /// Whether a relay holds one of its partitions now.
     #[must_use]
     pub fn is_served(&self) -> bool {
@@ -71,7 +87,7 @@ pub struct Removed {
     pub at: SystemTime,
     /// By whom, and why.
     pub why: String,
-    /// Events of the log that it had not published; counted up to 1,000,000.
+    /// Events of the log that it had not published; counted up to 100,000.
     pub unpublished: u64,
     /// Events that waited in its lines or for their time.
     pub deferred: u64,
@@ -98,8 +114,8 @@ impl Admin {
             let mut destination = known.destination;
             let name = destination.name.clone();
             let waiting = self.store.deferred(Side::Relay, &name).await?;
-            let letters = self.store.count_letters(&Filter::of_destination(name));
-            destination.dead_letters = letters.await?.letters;
+            let letters = Filter::of_destination(name);
+            destination.dead_letters = self.store.count_letters(&letters).await?.letters;
             (destination.deferred, destination.parked) = (waiting.total, waiting.parked);
             destination.scheduled = waiting.scheduled;
             all.push(destination);

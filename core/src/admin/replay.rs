@@ -11,7 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Admin, Destination, Removed, destinations::tell};
+use super::{Admin, Destination, Filter, Removed, Side, destinations::tell};
 use crate::{
     destination::{Start, as_replay, check_name, of_replay},
     error::{Error, Kind, Result},
@@ -22,7 +22,7 @@ use crate::{
 /// How often a replay looks how far it is.
 const LOOK: Duration = Duration::from_millis(200);
 /// Events counted at most.
-pub(crate) const COUNTED: u64 = 1_000_000;
+pub(crate) const COUNTED: i64 = 100_000;
 
 /// Which events of the log: those that satisfy all that is given. The default is all there are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,7 +137,7 @@ impl ReplayRequest {
 /// What a replay would send: a dry run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ReplayPlan {
-    /// Events that the selection names; counted up to 1,000,000. The destination's topics are not looked at.
+    /// Events that the selection names; counted up to 100,000. The destination's topics are not looked at.
     pub events: u64,
     /// The enqueue times of the first and the last of them.
     pub between: Option<(SystemTime, SystemTime)>,
@@ -173,7 +173,7 @@ pub struct Replay {
     pub why: String,
     /// When it was started.
     pub started: SystemTime,
-    /// Events that it named when it was started; counted up to 1,000,000.
+    /// Events that it named when it was started; counted up to 100,000.
     pub events: u64,
     /// Events that the broker has taken in this run, retried ones among them.
     pub sent: u64,
@@ -267,7 +267,7 @@ impl Admin {
     /// Waits for a database or broker that is away. If the process dies, at most a window of events is sent again.
     ///
     /// # Errors
-    /// [`Kind::NotFound`] if there is no such replay; [`Kind::Invalid`] for a relay of another destination or database; what ends
+    /// [`Kind::NotFound`] if there is no such replay; [`Kind::Invalid`] for a relay of another destination; what ends
     /// a relay.
     ///
     /// ```no_run
@@ -294,14 +294,15 @@ impl Admin {
     ) -> Result<Replay> {
         const OPERATION: &str = "run a replay";
         let replay = self.replay(name).await?;
-        if !relay.is_of(&self.store, &replay.destination) {
+        if !relay.serves(&replay.destination) {
             let text = format!(
-                "the replay {name:?} goes to {:?}, and the relay is another destination's or another database's",
+                "the replay {name:?} goes to {:?}, and the relay is another destination's",
                 replay.destination
             );
             return Err(Error::new(Kind::Invalid, OPERATION, text));
         }
-        let (relay, sent) = relay.replaying(name, &replay.selection, replay.per_second);
+        let per_second = replay.per_second;
+        let (relay, sent) = relay.replaying(&self.store, name, &replay.selection, per_second);
         let mut running = relay.spawn();
         let mut looks = tokio::time::interval(LOOK);
         looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -316,7 +317,7 @@ impl Admin {
                 }
                 () = &mut stop => {
                     running.shutdown().await?;
-                    last.sent = sent.count();
+                    last.sent = sent.sent();
                     return Ok(last);
                 }
                 _ = looks.tick() => {}
@@ -329,7 +330,7 @@ impl Admin {
                     return Err(e);
                 }
             };
-            last.sent = sent.count();
+            last.sent = sent.sent();
             report(&last);
             if last.is_through {
                 running.shutdown().await?;
@@ -365,12 +366,7 @@ impl Admin {
         let found = known.into_iter().find(|k| k.destination.name == destination);
         match found {
             Some(known) => self.look(known).await,
-            None => {
-                let text = format!(
-                    "there is no replay {name:?}: it was not started, was cancelled, is through, or was abandoned"
-                );
-                Err(Error::new(Kind::NotFound, OPERATION, text))
-            }
+            None => Err(missing(OPERATION, name)),
         }
     }
 
@@ -381,13 +377,10 @@ impl Admin {
     pub async fn cancel_replay(&self, name: &str, why: &str) -> Result<Removed> {
         let replay = self.replay(name).await?;
         let why = format!("{}: {why}", self.operator);
-        let heir = Some(replay.destination.as_str());
-        let removed = self.store.remove_destination(&of_replay(name), &why, heir);
+        let (heir, destination) = (Some(replay.destination.as_str()), of_replay(name));
+        let removed = self.store.remove_destination(&destination, &why, heir);
         let Some(removed) = removed.await? else {
-            return self.replay(name).await.and_then(|_| {
-                let text = format!("the replay {name:?} is not there any more");
-                Err(Error::new(Kind::NotFound, "cancel a replay", text))
-            });
+            return Err(missing("cancel a replay", name));
         };
         tell(&removed);
         Ok(removed)
@@ -417,9 +410,9 @@ impl Admin {
         })?;
         let waiting = self
             .store
-            .deferred(crate::failure::Side::Relay, &name)
+            .deferred(Side::Relay, &name)
             .await?;
-        let letters = super::Filter::of_destination(&name);
+        let letters = Filter::of_destination(&name);
         let dead_letters = self.store.count_letters(&letters).await?.letters;
         let deferred = waiting.total + waiting.scheduled;
         Ok(Replay {
@@ -452,7 +445,8 @@ impl Admin {
             return Err(self.unknown(operation, &request.destination).await);
         }
         let extent = self.store.log_extent().await?;
-        let counted = self.store.count_events(&request.selection, request.remember);
+        let selection = &request.selection;
+        let counted = self.store.count_events(selection, request.remember);
         let Counted {
             events,
             between,
@@ -467,6 +461,13 @@ impl Admin {
         };
         Ok((plan, extent))
     }
+}
+
+fn missing(operation: &'static str, name: &str) -> Error {
+    let text = format!(
+        "there is no replay {name:?}: it was not started, was cancelled, is through, or was abandoned"
+    );
+    Error::new(Kind::NotFound, operation, text)
 }
 
 /// Whether a selection asks, by a time or position of its own, for what is gone. One that names neither asks for what there is.

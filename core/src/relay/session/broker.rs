@@ -44,10 +44,11 @@ impl Session<'_> {
         loop {
             let paused = &self.paused;
             let allowed = |e: &Logged| paused.get(&e.message.topic).is_none_or(|p| p.until <= now);
-            let attempts = self.window.take(most, allowed);
+            let attempts = self.window.take(self.core.paced(most, now), allowed);
             if attempts.is_empty() {
                 return;
             }
+            self.core.spend(attempts.len());
             let (attempts, refused) = self.without_defects(attempts);
             for (attempt, reason) in refused {
                 self.bury(attempt, reason);
@@ -206,6 +207,9 @@ impl Session<'_> {
     }
 
     pub(super) fn count(&self, name: &'static str, events: u64) {
+        if matches!(name, "stored" | "accepted") {
+            self.core.taken(events);
+        }
         let destination = self.core.destination.clone();
         metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(events);
     }

@@ -11,7 +11,7 @@ mod log;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -102,6 +102,8 @@ struct Session<'a> {
 
     reading: bool,
     from: Progress,
+    /// What was enqueued before is passed over.
+    since: Option<SystemTime>,
     poll_at: Instant,
     poll: Duration,
     read_backoff: Backoff,
@@ -172,7 +174,7 @@ impl<'a> Session<'a> {
             opening: false,
             open_at: now,
             open_backoff: Backoff::connection(),
-            window: Window::new(core.settings.window),
+            window: Window::new(core.settings.window).per_topic(core.per_key.clone()),
             trail: Trail::default(),
             lines: Lines::default(),
             failed: HashMap::new(),
@@ -180,6 +182,7 @@ impl<'a> Session<'a> {
             paused: HashMap::new(),
             reading: false,
             from: acquired.progress,
+            since: acquired.since,
             poll_at: now,
             poll: core.settings.busy_poll,
             read_backoff: Backoff::connection(),
@@ -318,6 +321,9 @@ impl<'a> Session<'a> {
             at(resume);
         }
         self.publish(now);
+        if let Some(turn) = self.core.next_turn(now) {
+            at(turn);
+        }
         let (due, later) = self.lines.due(now);
         for name in due {
             self.load_line(name);

@@ -18,6 +18,7 @@ const STEPS: &[(i32, &str)] = &[
     (1, include_str!("schema.sql")),
     (2, include_str!("retention.sql")),
     (3, include_str!("schema_3.sql")),
+    (4, include_str!("destinations.sql")),
 ];
 
 /// The longest that making the schema takes, with the wait for another program that is making it.
