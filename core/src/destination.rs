@@ -82,7 +82,8 @@ impl FromStr for Start {
             "earliest" => Ok(Self::Earliest),
             "now" => Ok(Self::Now),
             time => cloudevents::time(time).map(Self::At).ok_or_else(|| {
-                let text = "expected \"earliest\", \"now\" or a time such as \"2026-11-24T15:00:00Z\"";
+                let text =
+                    "expected \"earliest\", \"now\" or a time such as \"2026-11-24T15:00:00Z\"";
                 Error::new(Kind::Invalid, "read a start", text)
             }),
         }

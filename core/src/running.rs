@@ -146,8 +146,7 @@ impl Report {
     }
 
     pub(crate) fn reanchored(&self, reanchored: Reanchored) {
-        self.health
-            .send_modify(|h| h.reanchored = Some(reanchored));
+        self.health.send_modify(|h| h.reanchored = Some(reanchored));
     }
 
     /// Notes a trouble with something. True if it is new: worth a line in the log, where a repeat is not.

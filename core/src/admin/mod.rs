@@ -9,8 +9,8 @@ pub(crate) mod replay;
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
-pub use crate::failure::Side;
 pub use crate::destination::{Cause, MAIN, REPLAYED, Reanchored, Start};
+pub use crate::failure::Side;
 pub use destinations::{Destination, DestinationCursor, Removed};
 pub(crate) use destinations::{may_be_abandoned, tell};
 pub use letters::{Done, DryRun, Ended, Filter, Letter, LetterId, Pace, Page, Shown};

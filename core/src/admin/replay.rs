@@ -363,7 +363,9 @@ impl Admin {
         check_name(OPERATION, name)?;
         let destination = of_replay(name);
         let known = self.store.destinations().await?;
-        let found = known.into_iter().find(|k| k.destination.name == destination);
+        let found = known
+            .into_iter()
+            .find(|k| k.destination.name == destination);
         match found {
             Some(known) => self.look(known).await,
             None => Err(missing(OPERATION, name)),
@@ -404,14 +406,12 @@ impl Admin {
             replay,
         } = known;
         let name = destination.name.clone();
-        let kept: Kept = serde_json::from_str(replay.as_deref().unwrap_or_default()).map_err(|e| {
-            let text = format!("what the table says of {name:?} cannot be read");
-            Error::new(Kind::Database, "look at a replay", text).caused_by(e)
-        })?;
-        let waiting = self
-            .store
-            .deferred(Side::Relay, &name)
-            .await?;
+        let kept: Kept =
+            serde_json::from_str(replay.as_deref().unwrap_or_default()).map_err(|e| {
+                let text = format!("what the table says of {name:?} cannot be read");
+                Error::new(Kind::Database, "look at a replay", text).caused_by(e)
+            })?;
+        let waiting = self.store.deferred(Side::Relay, &name).await?;
         let letters = Filter::of_destination(&name);
         let dead_letters = self.store.count_letters(&letters).await?.letters;
         let deferred = waiting.total + waiting.scheduled;

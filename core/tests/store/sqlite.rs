@@ -121,6 +121,11 @@ impl Bench for File {
         events
     }
 
+    async fn grow_old(&self, seconds: i64) {
+        let sql = format!("UPDATE {{outbox}} SET created_at = created_at - {seconds} * 1000000");
+        self.execute(&sql).await;
+    }
+
     async fn pass(&self, seconds: i64) {
         let sql = format!(
             "UPDATE {{inbox}} SET arrived = arrived - {seconds} * 1000000; \

@@ -119,6 +119,13 @@ impl Postgres {
         }
     }
 
+    /// One of the programs that come with the server, such as `pg_dump`; none where they are not installed.
+    #[must_use]
+    pub fn program(name: &str) -> Option<PathBuf> {
+        let path = binaries()?.join(name);
+        path.is_file().then_some(path)
+    }
+
     /// The address of a database on this server. The port stays the same over restarts.
     ///
     /// A text from the environment that is no URL comes back as it is.

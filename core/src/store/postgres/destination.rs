@@ -55,10 +55,11 @@ const AHEAD: &str = "o.partition = c.partition AND o.position > greatest(c.base,
 impl Statements {
     pub(super) fn new(schema: &str) -> Self {
         let text = |template: &str| -> Text {
-            template.replace("{schema}", &format!("\"{schema}\"")).into()
+            template
+                .replace("{schema}", &format!("\"{schema}\""))
+                .into()
         };
-        let partitions =
-            "{schema}.installation i, generate_series(0, i.partitions - 1) p ON CONFLICT DO NOTHING";
+        let partitions = "{schema}.installation i, generate_series(0, i.partitions - 1) p ON CONFLICT DO NOTHING";
         // A cut, and beside it the highest position that is visible in it: in one statement, the transaction's first. What
         // is running now and commits later is listed in it, whatever its positions.
         let cut = |cursor: &str, values: &str| {
@@ -72,7 +73,9 @@ impl Statements {
         let highest = "coalesce((SELECT o.position FROM {schema}.outbox o WHERE o.partition = p \
                        ORDER BY o.position DESC LIMIT 1), 0)";
         Self {
-            lock: text("SELECT pg_advisory_xact_lock(hashtextextended('pillarbox destinations {schema}', 0))"),
+            lock: text(
+                "SELECT pg_advisory_xact_lock(hashtextextended('pillarbox destinations {schema}', 0))",
+            ),
             known: text(
                 "SELECT d.start, d.since, d.removed_at, d.removed_why, d.unpublished, d.deferred, d.dead_letters, \
                    EXISTS (SELECT FROM {schema}.cursor c WHERE c.destination = $1) AS there \
@@ -128,7 +131,9 @@ impl Statements {
                  AND NOT EXISTS (SELECT FROM {schema}.dead_letter h \
                    WHERE h.side = 'relay' AND h.scope = $2 AND h.source = d.source AND h.id = d.id)",
             ),
-            letters: text("DELETE FROM {schema}.dead_letter d WHERE d.side = 'relay' AND d.scope = $1"),
+            letters: text(
+                "DELETE FROM {schema}.dead_letter d WHERE d.side = 'relay' AND d.scope = $1",
+            ),
             record: text(
                 "INSERT INTO {schema}.destination AS d (name, removed_at, removed_why, unpublished, deferred, dead_letters) \
                  VALUES ($1, clock_timestamp(), $2, $3, $4, $5) \

@@ -27,8 +27,8 @@ use self::{
     unit::Work,
 };
 use super::{
-    Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Registered, Slice, Standing,
-    Store, Trimmed, Unit, Unserved, Waiting,
+    Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Registered, Slice,
+    Standing, Store, Trimmed, Unit, Unserved, Waiting,
 };
 use crate::{
     admin::{DryRun, Filter, Letter, LetterId, Removed, Selection, Shown},

@@ -22,8 +22,7 @@ use super::{
 const LIST: &str = "list destinations";
 const COUNT: &str = "count events of the log";
 /// The highest position that was ever drawn.
-const HIGHEST: &str =
-    "coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'), 0)";
+const HIGHEST: &str = "coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'), 0)";
 /// The longest gap between two looks of the cleaner that counts: while no relay ran, nobody could have been served.
 const GAP: i64 = 90_000_000;
 
@@ -161,7 +160,9 @@ pub(super) async fn remove(
     if others == 0 && !is_replay {
         return Err(last_one(tx.operation(), name));
     }
-    let cursors = tx.names().sql("DELETE FROM {p}cursor WHERE destination = ?1");
+    let cursors = tx
+        .names()
+        .sql("DELETE FROM {p}cursor WHERE destination = ?1");
     tx.run(sqlx::query(cursors).bind(name)).await?;
     let lines = tx
         .names()
@@ -301,11 +302,7 @@ pub(super) async fn extent(engine: &Engine) -> Result<Extent> {
     })
 }
 
-pub(super) async fn count(
-    engine: &Engine,
-    s: &Selection,
-    remember: Duration,
-) -> Result<Counted> {
+pub(super) async fn count(engine: &Engine, s: &Selection, remember: Duration) -> Result<Counted> {
     let names = engine.names();
     let mut reader = engine.reader(COUNT).await?;
     let sql = names.sql(&format!(

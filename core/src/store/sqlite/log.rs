@@ -46,7 +46,8 @@ pub(super) async fn read(engine: &Engine, from: &Progress, limit: u32) -> Result
         bytes += event.message.size();
         events.push(event);
     }
-    let through = bytes < SLICE_BYTES && events.len() < usize::try_from(limit).unwrap_or(usize::MAX);
+    let through =
+        bytes < SLICE_BYTES && events.len() < usize::try_from(limit).unwrap_or(usize::MAX);
     let end = match upto.filter(|_| through) {
         Some(upto) => Some(Progress {
             upto: None,

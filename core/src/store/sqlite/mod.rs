@@ -336,9 +336,7 @@ impl Store for Sqlite {
         let heir = heir.map(str::to_owned);
         self.engine
             .write("remove a destination", move |tx| {
-                Box::pin(
-                    async move { destination::remove(tx, &name, &why, heir.as_deref()).await },
-                )
+                Box::pin(async move { destination::remove(tx, &name, &why, heir.as_deref()).await })
             })
             .await
     }
