@@ -2,6 +2,7 @@
 
 mod bounds;
 mod chain;
+mod destinations;
 mod duplicates;
 mod effects;
 mod enqueue;
@@ -13,6 +14,7 @@ mod operators;
 mod owners;
 mod poison;
 mod refused;
+mod replays;
 mod settings;
 mod start;
 mod way;

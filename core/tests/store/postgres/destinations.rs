@@ -16,18 +16,21 @@ async fn what_commits_after_now_is_new_whatever_its_position() {
     write(&mut other, "before").await;
     run(&mut early, "BEGIN").await;
     write(&mut early, "early").await;
+    // The last one to have completed got its id first: PostgreSQL's own snapshot ends before the id of `late`, whose
+    // position lies below what is visible.
+    run(&mut other, "BEGIN; SELECT pg_current_xact_id()").await;
+    run(&mut late, "BEGIN").await;
+    write(&mut late, "late").await;
     write(&mut other, "before too").await;
-    // Has an id, and no position yet.
-    run(&mut late, "BEGIN; SELECT pg_current_xact_id()").await;
+    run(&mut other, "COMMIT").await;
     let admin = Admin::new(&database, "ada");
     admin.add_destination("next", Start::Now).await.unwrap();
-    write(&mut other, "after").await;
-    write(&mut late, "late").await;
     run(&mut late, "COMMIT").await;
+    write(&mut other, "after").await;
     let store = &**database.store();
     let acquired = acquire(store, &destination("next")).await;
     let (read, end) = names(store, acquired.progress, 10).await;
-    assert_eq!(read, ["after", "late"]);
+    assert_eq!(read, ["late", "after"]);
     run(&mut early, "COMMIT").await;
     assert_eq!(names(store, end, 10).await.0, ["early"]);
 }
