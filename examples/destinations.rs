@@ -65,7 +65,11 @@ async fn relay(settings: &Settings, database: &Database) -> Result {
 
 async fn list(admin: &Admin) -> Result {
     for d in admin.destinations().await? {
-        let served = if d.is_served() { "served" } else { "not served" };
+        let served = if d.is_served() {
+            "served"
+        } else {
+            "not served"
+        };
         println!(
             "{} ({served}): {} behind, the oldest for {:?}; {} wait, {} were given up",
             d.name, d.behind, d.lag, d.deferred, d.dead_letters
@@ -97,7 +101,10 @@ async fn replay(
             ..Selection::default()
         });
         let plan = admin.plan_replay(&request).await?;
-        println!("{} events, of which {} are forgotten", plan.events, plan.forgotten);
+        println!(
+            "{} events, of which {} are forgotten",
+            plan.events, plan.forgotten
+        );
         admin.start_replay(&request, "an example").await?;
     }
     let outbox = settings.new_outbox(database);
@@ -106,6 +113,13 @@ async fn replay(
     let stop = async { drop(tokio::signal::ctrl_c().await) };
     let report = |at: &pillarbox::admin::Replay| println!("{} of {}", at.sent, at.events);
     let ended = admin.run_replay(&name, relay, stop, report).await?;
-    println!("{}", if ended.is_through { "through" } else { "stopped; it can go on" });
+    println!(
+        "{}",
+        if ended.is_through {
+            "through"
+        } else {
+            "stopped; it can go on"
+        }
+    );
     Ok(())
 }

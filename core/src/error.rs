@@ -90,7 +90,7 @@ impl Error {
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self.kind {
-            Kind::Unavailable | Kind::LeaseLost | Kind::Backlogged => true,
+            Kind::Unavailable | Kind::LeaseLost | Kind::Backlogged | Kind::Moved => true,
             Kind::Transport => self
                 .source
                 .as_ref()

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use super::{Admin, Filter};
 use crate::{
-    destination::{MAIN, Start, check_name},
+    destination::{MAIN, Start, as_replay, check_name},
     error::{Error, Kind, Result},
     failure::Side,
     store::{Added, NewDestination},
@@ -183,7 +183,10 @@ impl Admin {
     /// # Errors
     /// The database's.
     pub async fn removed_destinations(&self) -> Result<Vec<Removed>> {
-        self.store.removed_destinations().await
+        let mut all = self.store.removed_destinations().await?;
+        // A replay that is through was not lost.
+        all.retain(|r| as_replay(&r.name).is_none() || !r.is_clean());
+        Ok(all)
     }
 
     /// The error for a destination that is not there, with those that are.

@@ -19,6 +19,8 @@ use crate::{
     store::{Added, Counted, Extent, Logged, NewDestination, Registered},
 };
 
+/// Why a replay was removed that has done its work.
+const THROUGH: &str = "the replay is through";
 /// How often a replay looks how far it is.
 const LOOK: Duration = Duration::from_millis(200);
 /// Events counted at most.
@@ -311,10 +313,10 @@ impl Admin {
         loop {
             tokio::select! {
                 biased;
-                ended = &mut running => {
-                    ended?;
-                    return Ok(last);
-                }
+                ended = &mut running => match ended {
+                    Ok(()) => return Ok(last),
+                    Err(e) => return self.ended_by_others(name, last, e).await,
+                },
                 () = &mut stop => {
                     running.shutdown().await?;
                     last.sent = sent.sent();
@@ -327,7 +329,7 @@ impl Admin {
                 Err(e) if e.is_temporary() => continue,
                 Err(e) => {
                     running.abort();
-                    return Err(e);
+                    return self.ended_by_others(name, last, e).await;
                 }
             };
             last.sent = sent.sent();
@@ -391,13 +393,28 @@ impl Admin {
     async fn end(&self, replay: &Replay) -> Result<()> {
         let heir = Some(replay.destination.as_str());
         let name = of_replay(&replay.name);
-        self.store
-            .remove_destination(&name, "the replay is through", heir)
-            .await?;
+        self.store.remove_destination(&name, THROUGH, heir).await?;
         let (name, sent) = (&*replay.name, replay.sent);
         let dead_letters = replay.dead_letters;
         tracing::info!(replay = name, sent, dead_letters, "a replay is through");
         Ok(())
+    }
+
+    /// Another process has sent the last of it.
+    async fn ended_by_others(&self, name: &str, last: Replay, why: Error) -> Result<Replay> {
+        let name = of_replay(name);
+        let removed = match why.kind() {
+            Kind::NotFound => self.store.removed_destinations().await?,
+            _ => Vec::new(),
+        };
+        if !removed.iter().any(|r| r.name == name && r.why == THROUGH) {
+            return Err(why);
+        }
+        Ok(Replay {
+            is_through: true,
+            is_running: false,
+            ..last
+        })
     }
 
     async fn look(&self, known: Registered) -> Result<Replay> {

@@ -53,9 +53,7 @@ impl Statements {
             reanchor: format!("SELECT {schema}.reanchor()").into(),
             told: format!(
                 "SELECT a.at, a.cause, a.destination, a.unsettled FROM {schema}.anchoring a \
-                 WHERE a.at >= (SELECT max(l.at) FROM {schema}.anchoring l) - interval '1 s' \
-                   AND a.cause = (SELECT l.cause FROM {schema}.anchoring l ORDER BY l.at DESC LIMIT 1) \
-                 ORDER BY a.destination"
+                 WHERE a.at = (SELECT max(l.at) FROM {schema}.anchoring l) ORDER BY a.destination"
             )
             .into(),
         }

@@ -74,7 +74,7 @@ END $$;
 -- Another cluster -------------------------------------------------------------------------------------------------------
 
 CREATE TABLE IF NOT EXISTS @schema@.anchoring (
-  at          timestamptz NOT NULL DEFAULT clock_timestamp(),
+  at          timestamptz NOT NULL DEFAULT transaction_timestamp(),
   cause       text NOT NULL CHECK (cause IN ('cluster', 'failover')),
   before      text NOT NULL,
   now         text NOT NULL,

@@ -91,7 +91,7 @@ pub(super) async fn backlog(engine: &Engine) -> Result<Backlog> {
     let sql = names.sql(
         "SELECT coalesce((SELECT {now} - CAST(o.created_at AS INTEGER) FROM {p}outbox o WHERE o.position > c.last \
            ORDER BY o.position LIMIT 1), 0), coalesce((SELECT max(position) FROM {p}outbox) - c.last, 0) \
-         FROM (SELECT coalesce(min(last), 0) AS last FROM {p}cursor) c",
+         FROM (SELECT coalesce(min(last), 0) AS last FROM {p}cursor WHERE destination NOT LIKE 'replay:%') c",
     );
     let (age, events): (i64, i64) = sqlx::query_as(sql)
         .fetch_one(&mut *reader)
