@@ -180,7 +180,7 @@ struct Refusing(Arc<dyn Transport>);
 struct Publishing(Box<dyn Publisher>);
 
 impl Publisher for Publishing {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let refused: Vec<bool> = messages
             .iter()
             .map(|m| m.key.as_deref() == Some("key-0"))
