@@ -110,7 +110,8 @@ async fn a_move_between_brokers_loses_nothing(world: World) {
         writers: 4,
         keys: 20,
         events: 100_000,
-        pause: Duration::from_millis(5),
+        // Slower than the slowest consumer: the old queue must run dry while they write.
+        pause: Duration::from_millis(50),
     };
     let writers = Writers::start(&outbox, plan, seed()).await;
     let on_old = Arc::new(AtomicUsize::new(0));
