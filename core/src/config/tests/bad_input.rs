@@ -344,11 +344,11 @@ fn destinations_that_make_no_sense_are_refused() {
     );
     says(
         "[destinations.audit]\ntransport = 'kafka'",
-        "shop.toml, line 2: destinations.audit.transport: found a text, expected a table",
+        "shop.toml, line 2: destinations.audit.transport: found \"kafka\", expected a table",
     );
     says(
         "[destinations.audit]\ntransport = { kind = 'amqp', amqp = 5 }",
-        "shop.toml, line 2: destinations.audit.transport.amqp: unknown key",
+        "shop.toml, line 2: destinations.audit.transport.amqp: this key is unknown, expected kind",
     );
     says(
         "[destinations.main]\ntopics = []",
