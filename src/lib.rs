@@ -8,7 +8,7 @@
 //! | apply each event once | [`Consumer`], [`Handler`] |
 //! | send a mail or make a call for each event | [`Consumer`], [`Effect`] |
 //! | make or complete the tables | [`migrate`] |
-//! | read it all from one file | [`Config`], [`connect`] |
+//! | read it all from one file | [`Config`], [`connect`], [`relays`] |
 //! | write a transport for another broker | [`transport`] |
 //!
 //! ```no_run
@@ -91,6 +91,47 @@ pub async fn connect(settings: &TransportSettings) -> Result<Arc<dyn Transport>>
             Ok(Arc::new(Memory::new()))
         }
     }
+}
+
+/// Makes a relay for each destination that this program [relays to](Settings::relayed), each with its own broker; those without
+/// a broker of their own share `transport`, which is what `[transport]` selects. Connects to nothing yet.
+///
+/// # Errors
+/// As [`connect`].
+///
+/// ```
+/// # async fn f(database: pillarbox::Database) -> pillarbox::Result<()> {
+/// let settings = pillarbox::Config::parse(
+///     r#"
+///     transport.kind = "memory"
+///     [destinations.audit]
+///     start = "now"
+///     transport = { kind = "amqp", amqp = { url = "amqp://localhost" } }
+///     "#,
+/// )?
+/// .settings()?;
+/// let outbox = settings.new_outbox(&database);
+/// let broker = pillarbox::connect(&settings.transport).await?;
+/// for relay in pillarbox::relays(&settings, &outbox, broker).await? {
+///     let _running = relay.spawn();
+/// }
+/// # Ok(()) }
+/// ```
+pub async fn relays(
+    settings: &Settings,
+    outbox: &Outbox,
+    transport: Arc<dyn Transport>,
+) -> Result<Vec<Relay>> {
+    let mut relays = Vec::new();
+    for name in settings.relayed() {
+        let own = settings.destinations.get(name);
+        let broker = match own.and_then(|d| d.transport.as_ref()) {
+            Some(own) => connect(own).await?,
+            None => transport.clone(),
+        };
+        relays.push(settings.new_relay_to(name, outbox, broker)?);
+    }
+    Ok(relays)
 }
 
 #[cfg(feature = "amqp")]

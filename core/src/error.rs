@@ -27,6 +27,10 @@ pub enum Kind {
     Backlogged,
     /// What a command names is not there; nothing was written.
     NotFound,
+    /// What a command would make is there already, in another way; nothing was written.
+    Exists,
+    /// The database was restored into another cluster, or another server took over. A relay anchors its cursors anew by itself.
+    Moved,
     /// The configuration is wrong.
     Configuration,
     /// The broker; see the source.
@@ -86,7 +90,7 @@ impl Error {
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         match self.kind {
-            Kind::Unavailable | Kind::LeaseLost | Kind::Backlogged => true,
+            Kind::Unavailable | Kind::LeaseLost | Kind::Backlogged | Kind::Moved => true,
             Kind::Transport => self
                 .source
                 .as_ref()

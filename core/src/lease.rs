@@ -1,7 +1,11 @@
 //! A row with owner, epoch and expiry, on the database's clock. It alone assigns work; whoever moves a cursor or commits
 //! an effect proves it in the same transaction.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use pillarbox_transport::Source;
 use tokio::{sync::watch, task::AbortHandle, time::Instant};
@@ -72,6 +76,8 @@ pub struct Acquired {
     pub lease: Lease,
     /// For [`LeaseKey::Relay`]: where the partition stands.
     pub progress: Progress,
+    /// For [`LeaseKey::Relay`]: the destination began at this time, and passes over what was enqueued before.
+    pub since: Option<SystemTime>,
     /// For [`LeaseKey::Source`]: the last settled position, none at the first start and after a reset.
     pub position: Option<u64>,
     /// For [`LeaseKey::Source`]: the source was deleted and made anew since, so it is read from its oldest event.

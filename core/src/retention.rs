@@ -4,10 +4,14 @@
 //! One cleaner by lease for each log, beside a relay, and one for each inbox, beside a consumer. What may go is proved by
 //! the store, in the transaction that removes it; the lease only saves work. A cleaner's trouble stops nobody.
 
+mod abandoned;
+
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use abandoned::Warned;
 
 use crate::{
     backoff::{Backoff, chance},
@@ -38,6 +42,10 @@ pub struct RetentionSettings {
     pub dead_letters: Duration,
     /// Most dead letters of a destination or group; beyond it the oldest go, whatever their age. Defaults to 100,000.
     pub dead_letters_max: u64,
+    /// How long the log is kept for a destination that no relay serves; then the destination is removed, with what it has not
+    /// published, and that is recorded. Counted while any relay runs on the database, and never for `main`. From half of it
+    /// on there are warnings. Defaults to 14 days.
+    pub abandon_after: Duration,
     /// How often the cleaner looks, 1 min at most. Defaults to 30 s.
     pub interval: Duration,
 }
@@ -48,6 +56,7 @@ impl Default for RetentionSettings {
             log: Duration::from_secs(3_600),
             dead_letters: Duration::from_secs(30 * 86_400),
             dead_letters_max: 100_000,
+            abandon_after: Duration::from_secs(14 * 86_400),
             interval: Duration::from_secs(30),
         }
     }
@@ -125,12 +134,12 @@ impl Cleaner {
     }
 
     async fn clean(&self, lease: &Lease, stop: &CancellationToken) -> Result<()> {
-        let mut held = Held::default();
+        let (mut held, mut warned) = (Held::default(), Warned::default());
         loop {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return Ok(()),
-                looked = self.look(lease, &mut held) => looked?,
+                looked = self.look(lease, &mut held, &mut warned) => looked?,
             }
             self.fine();
             tokio::select! {
@@ -142,7 +151,10 @@ impl Cleaner {
     }
 
     /// Everything that may go now, step by step.
-    async fn look(&self, lease: &Lease, held: &mut Held) -> Result<()> {
+    async fn look(&self, lease: &Lease, held: &mut Held, warned: &mut Warned) -> Result<()> {
+        if let Scope::Log = self.scope {
+            self.watch(lease, warned).await?;
+        }
         for _ in 0..STEPS {
             let Cleaned {
                 removed,

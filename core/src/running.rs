@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     breaker::BreakerState,
+    destination::Reanchored,
     error::{Error, Kind, Result},
     pause::Pause,
 };
@@ -30,6 +31,9 @@ pub struct Health {
     /// What operators hold back of its destination or group, as of the last look, about a second ago. While the whole of it
     /// is paused, `trouble` says so too.
     pub pauses: Vec<Pause>,
+    /// Relays: its database was found in another cluster or behind another server, as of the last time in this run. Events come
+    /// again by that.
+    pub reanchored: Option<Reanchored>,
     /// What it waits for, if it waits: the newest trouble, in a sentence.
     pub trouble: Option<String>,
 }
@@ -154,6 +158,10 @@ impl Report {
 
     pub(crate) fn pauses(&self, pauses: Vec<Pause>) {
         self.health.send_modify(|h| h.pauses = pauses);
+    }
+
+    pub(crate) fn reanchored(&self, reanchored: Reanchored) {
+        self.health.send_modify(|h| h.reanchored = Some(reanchored));
     }
 
     /// Notes a trouble with something. True if it is new: worth a line in the log, where a repeat is not.

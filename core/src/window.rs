@@ -5,11 +5,15 @@
 //!
 //! Invariants:
 //! - the prefix never passes an event that is neither confirmed nor *known* to be stored as deferred;
-//! - of one key, at most [`Limits::per_key`] events are in flight, and none while the key has a line;
+//! - of one key, at most [`Limits::per_key`] events are in flight (or what its topic has instead), and none while the key has a
+//!   line;
 //! - events of a key leave in the order in which they came in, into flight or into the line;
 //! - an answer to an attempt that is no longer the event's current one changes nothing.
 
-use std::collections::{BTreeSet, HashMap, VecDeque, hash_map};
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque, hash_map},
+    sync::Arc,
+};
 
 use crate::event::Key;
 
@@ -93,6 +97,7 @@ pub struct Window<T> {
     keys: HashMap<Key, KeyState>,
     ready: BTreeSet<Seq>,
     to_defer: BTreeSet<Seq>,
+    per_topic: Arc<HashMap<String, usize>>,
 }
 
 impl<T> Window<T> {
@@ -109,7 +114,20 @@ impl<T> Window<T> {
             keys: HashMap::new(),
             ready: BTreeSet::new(),
             to_defer: BTreeSet::new(),
+            per_topic: Arc::default(),
         }
+    }
+
+    /// With another [`Limits::per_key`] for the keys of these topics.
+    #[must_use]
+    pub fn per_topic(mut self, per_topic: Arc<HashMap<String, usize>>) -> Self {
+        self.per_topic = per_topic;
+        self
+    }
+
+    fn per_key(&self, key: &Key) -> usize {
+        let of_topic = self.per_topic.get(&*key.topic).copied();
+        of_topic.unwrap_or(self.limits.per_key)
     }
 
     /// How many more events it takes now. One event fits however large it is, if nothing is held.
@@ -250,7 +268,10 @@ impl<T> Window<T> {
             });
             self.in_flight += 1;
             // With several in flight per key, taking one makes the next ready.
-            if let (true, Some(key)) = (self.limits.per_key > 1, self.key_of(seq)) {
+            if (self.limits.per_key > 1 || !self.per_topic.is_empty())
+                && let Some(key) = self.key_of(seq)
+                && self.per_key(&key) > 1
+            {
                 self.refresh(&key);
             }
         }
@@ -510,7 +531,7 @@ impl<T> Window<T> {
         let Some(of_key) = self.keys.get(key).filter(|k| !k.blocked) else {
             return;
         };
-        for &seq in of_key.queue.iter().take(self.limits.per_key) {
+        for &seq in of_key.queue.iter().take(self.per_key(key)) {
             let index = usize::try_from(seq - self.first).unwrap_or(usize::MAX);
             let Some(entry) = self.entries.get(index) else {
                 break;

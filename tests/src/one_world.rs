@@ -29,6 +29,16 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Servers,
         "memory gives a group only the types that it has handlers for",
     ),
+    (
+        "a_move_between_brokers_loses_nothing",
+        Servers,
+        "a process has one memory transport, and so no second broker to move to",
+    ),
+    (
+        "a_replay_ends_though_events_are_refused",
+        Embedded,
+        "the transport is wrapped, and what it refuses is the same on any",
+    ),
     ("a_full_queue_costs_nothing_but_time", Servers, NO_BROKER),
     (
         "a_missing_exchange_costs_nothing_but_time",

@@ -1,16 +1,22 @@
-//! The operators' side: what was given up, looked at, put back, or discarded.
+//! The operators' side: what was given up, looked at, put back, or discarded; destinations and replays.
 //!
 //! Operators only insert rows (dead letter → waiting line) and delete rows. Who moves events on, relay or consumer, finds
 //! what was put back by itself, within about a second.
 
+mod destinations;
 mod letters;
 mod pauses;
+pub(crate) mod replay;
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
+pub use crate::destination::{Cause, MAIN, REPLAYED, Reanchored, Start};
 pub use crate::failure::Side;
 pub use crate::pause::{Expiry, Pause, Target};
+pub use destinations::{Destination, DestinationCursor, Removed};
+pub(crate) use destinations::{may_be_abandoned, tell};
 pub use letters::{Done, DryRun, Ended, Filter, Letter, LetterId, Pace, Page, Shown};
+pub use replay::{Gone, Replay, ReplayPlan, ReplayRequest, Selection};
 
 use crate::{
     connection::Database,

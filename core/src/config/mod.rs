@@ -40,9 +40,6 @@ pub const TABLES: [&str; 12] = [
     "topics",
 ];
 
-/// The default destination.
-const MAIN: &str = "main";
-
 /// A configuration as it was written: a TOML file, and over it environment variables.
 ///
 /// One file serves several services: what stands at the top is common to all, `[inventory]` is the section of one, and

@@ -7,7 +7,7 @@ use pillarbox_transport::{Limits, Transport};
 use serde::{Deserialize, de::DeserializeOwned};
 
 use super::{
-    MAIN, TABLES,
+    TABLES,
     problem::{Scope, misspelt},
     store::{StoreSettings, StoreTable},
     tables::{self, ConsumerTable, OutboxTable, RelayTable, RetentionTable, RetryTable},
@@ -16,7 +16,8 @@ use super::{
 use crate::{
     connection::Database,
     consumer::{Consumer, ConsumerSettings},
-    error::Result,
+    destination::{MAIN, Start},
+    error::{Error, Kind, Result},
     failure::Retry,
     outbox::Outbox,
     relay::{Relay, RelaySettings},
@@ -53,7 +54,7 @@ pub struct Settings {
     pub types: BTreeMap<String, TypeSettings>,
     /// `[topics."NAME"]`: what is said about single topics.
     pub topics: BTreeMap<String, TopicSettings>,
-    /// `[destinations.NAME]`; `main` alone in this version.
+    /// `[destinations.NAME]`: where else events go, and what is said about `main`, which is there without a table.
     pub destinations: BTreeMap<String, DestinationSettings>,
     host: Host,
 }
@@ -88,15 +89,34 @@ pub enum Unrouted {
 /// `[topics."NAME"]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TopicSettings {
-    /// Unconfirmed events of one key at most. Defaults to 1, the only number in this version.
+    /// Unconfirmed events of one key at most. Defaults to 1; see [`Relay::in_flight_per_key`] for what more of them mean.
     pub in_flight_per_key: u32,
 }
 
 /// `[destinations.NAME]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct DestinationSettings {
     /// The topics that go there; events of others count as settled. Defaults to all topics.
     pub topics: Option<Vec<String>>,
+    /// Where in the log it begins when it is added; of no meaning later. Defaults to the oldest event.
+    pub start: Start,
+    /// Whether this program relays to it. Defaults to true. For one that another program serves, and for a `main` that was
+    /// removed.
+    pub relay: bool,
+    /// Its broker. Defaults to `[transport]`.
+    pub transport: Option<TransportSettings>,
+}
+
+impl Default for DestinationSettings {
+    fn default() -> Self {
+        Self {
+            topics: None,
+            start: Start::default(),
+            relay: true,
+            transport: None,
+        }
+    }
 }
 
 /// What is not the engine's.
@@ -143,7 +163,7 @@ impl Settings {
             outbox: reader.build("outbox", OutboxTable::build)?,
             types: reader.build("types", tables::types)?,
             topics: reader.build("topics", tables::topics)?,
-            destinations: reader.build("destinations", tables::destinations)?,
+            destinations: reader.destinations()?,
             host: Host {
                 scope: reader.scope,
                 rest: all,
@@ -188,8 +208,8 @@ impl Settings {
         Outbox::new(database).with_limits(self.outbox.limits.clone())
     }
 
-    /// A relay with everything that is said about it: `[relay]`, `[retry]`, `[retention]`, `[outbox] source`, `[types]`
-    /// and `[destinations.main]`.
+    /// A relay of destination `main` with everything that is said about it: `[relay]`, `[retry]`, `[retention]`, `[outbox]
+    /// source`, `[types]`, `[topics]` and `[destinations.main]`.
     pub fn new_relay(&self, outbox: &Outbox, transport: Arc<dyn Transport>) -> Relay {
         let mut relay = Relay::new(outbox, transport)
             .settings(self.relay.clone())
@@ -199,11 +219,71 @@ impl Settings {
         if let Some(source) = &self.outbox.source {
             relay = relay.source(source);
         }
+        for (topic, settings) in &self.topics {
+            relay = relay.in_flight_per_key(topic, settings.in_flight_per_key);
+        }
         let main = self.destinations.get(MAIN);
         match main.and_then(|d| d.topics.clone()) {
             Some(topics) => relay.topics(topics),
             None => relay,
         }
+    }
+
+    /// A relay of any destination, by `[destinations.NAME]` beside what [`Settings::new_relay`] reads. It makes the destination
+    /// where it is missing.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for one that is neither `main` nor in the configuration.
+    pub fn new_relay_to(
+        &self,
+        destination: &str,
+        outbox: &Outbox,
+        transport: Arc<dyn Transport>,
+    ) -> Result<Relay> {
+        let relay = self.new_relay(outbox, transport);
+        if destination == MAIN {
+            return Ok(relay);
+        }
+        let Some(settings) = self.destinations.get(destination) else {
+            return Err(self.unknown_destination(destination));
+        };
+        let relay = relay.destination(destination).start(settings.start);
+        Ok(match &settings.topics {
+            Some(topics) => relay.topics(topics),
+            None => relay.all_topics(),
+        })
+    }
+
+    /// The names of the destinations that this program relays to: `main` and those of the configuration, without those that
+    /// say `relay = false`.
+    #[must_use]
+    pub fn relayed(&self) -> Vec<&str> {
+        let known = self.destinations.keys().map(String::as_str);
+        let main = (!self.destinations.contains_key(MAIN)).then_some(MAIN);
+        let relays = |name: &&str| self.destinations.get(*name).is_none_or(|d| d.relay);
+        main.into_iter().chain(known).filter(relays).collect()
+    }
+
+    /// The settings of a destination's broker: its own, or `[transport]`.
+    ///
+    /// # Errors
+    /// [`Kind::NotFound`] for one that is neither `main` nor in the configuration.
+    pub fn transport_of(&self, destination: &str) -> Result<&TransportSettings> {
+        match self.destinations.get(destination) {
+            Some(settings) => Ok(settings.transport.as_ref().unwrap_or(&self.transport)),
+            None if destination == MAIN => Ok(&self.transport),
+            None => Err(self.unknown_destination(destination)),
+        }
+    }
+
+    fn unknown_destination(&self, name: &str) -> Error {
+        let known = self.destinations.keys().map(String::as_str);
+        let known = std::iter::once(MAIN).chain(known.filter(|k| *k != MAIN));
+        let text = format!(
+            "the configuration has no [destinations.{name:?}]; it has: {}",
+            known.collect::<Vec<_>>().join(", ")
+        );
+        Error::new(Kind::NotFound, "look up a destination", text)
     }
 
     /// A consumer of `group` with `[consumer]`, `[retry]` and `[retention]`, whose handlers enqueue into `outbox`.
@@ -272,5 +352,21 @@ impl Reader {
         build: impl FnOnce(T) -> Result<S, super::problem::Wrong>,
     ) -> Result<S> {
         self.scope.judge(table, build(self.read(table)?))
+    }
+
+    /// With their brokers, which are read as `[transport]` is.
+    fn destinations(&self) -> Result<BTreeMap<String, DestinationSettings>> {
+        let mut all = self.build("destinations", tables::destinations)?;
+        let tables = self.ours.get("destinations").and_then(Value::as_dict);
+        for (name, settings) in &mut all {
+            let table = tables.and_then(|t| t.get(name)).and_then(Value::as_dict);
+            if let Some(value) = table.and_then(|t| t.get("transport")) {
+                let path = ["destinations", name, "transport"];
+                self.is_table(&path, value)?;
+                let scope = self.scope.clone();
+                settings.transport = Some(TransportSettings::read_at(&path, value, scope)?);
+            }
+        }
+        Ok(all)
     }
 }

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     consumer::ConsumerSettings,
+    destination::{self, MAIN, Start},
     failure::{OnExhausted, Retry},
     lease::LeaseTerm,
     relay::RelaySettings,
@@ -233,6 +234,8 @@ pub(super) struct RetentionTable {
     dead_letters: Duration,
     dead_letters_max: u64,
     #[serde(with = "humantime_serde")]
+    abandon_after: Duration,
+    #[serde(with = "humantime_serde")]
     interval: Duration,
 }
 
@@ -242,12 +245,14 @@ impl Default for RetentionTable {
             log,
             dead_letters,
             dead_letters_max,
+            abandon_after,
             interval,
         } = RetentionSettings::default();
         Self {
             log,
             dead_letters,
             dead_letters_max,
+            abandon_after,
             interval,
         }
     }
@@ -259,6 +264,7 @@ impl RetentionTable {
             log: lasting("log", self.log, MINUTE, 30 * DAY)?,
             dead_letters: lasting("dead_letters", self.dead_letters, HOUR, 10 * YEAR)?,
             dead_letters_max: within("dead_letters_max", self.dead_letters_max, 1, 10_000_000)?,
+            abandon_after: lasting("abandon_after", self.abandon_after, HOUR, 10 * YEAR)?,
             // The inbox's clocks go by what each look finds: less often than once a minute would slow them.
             interval: lasting("interval", self.interval, Duration::from_secs(1), MINUTE)?,
         })
@@ -372,7 +378,9 @@ impl Default for TopicTable {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct DestinationTable {
     topics: Option<Vec<String>>,
-    start: Option<IgnoredAny>,
+    start: Option<String>,
+    relay: Option<bool>,
+    /// Read by [`TransportSettings`](super::TransportSettings), with what stands in it.
     transport: Option<IgnoredAny>,
 }
 
@@ -394,11 +402,8 @@ pub(super) fn topics(
 ) -> Result<BTreeMap<String, TopicSettings>, Wrong> {
     let build = |(name, table): (String, TopicTable)| {
         event_name(&name).map_err(|w| w.below(&name))?;
-        let found = table.in_flight_per_key;
-        if found != 1 {
-            let expected = "1: with more, an event that fails alone would let later ones of its key overtake it";
-            return Err(Wrong::new("in_flight_per_key", found, expected).below(&name));
-        }
+        let found = within("in_flight_per_key", table.in_flight_per_key, 1, 10_000);
+        let found = found.map_err(|w| w.below(&name))?;
         let settings = TopicSettings {
             in_flight_per_key: found,
         };
@@ -410,24 +415,27 @@ pub(super) fn topics(
 pub(super) fn destinations(
     tables: BTreeMap<String, DestinationTable>,
 ) -> Result<BTreeMap<String, DestinationSettings>, Wrong> {
-    const ONE: &str = "[destinations.main] alone: this version has one destination";
     let build = |(name, table): (String, DestinationTable)| {
-        if name != super::MAIN {
-            let found = format!("a destination {name:?}");
+        if !destination::is_name(&name) {
+            let found = format!("the name {:?}", cut(&name));
+            let path = vec![name];
             return Err(Wrong {
-                path: vec![name],
+                path,
                 found,
-                expected: ONE.into(),
+                expected: destination::NAMES.into(),
             });
         }
-        for (key, is_given) in [
-            ("start", table.start.is_some()),
-            ("transport", table.transport.is_some()),
-        ] {
-            if is_given {
-                let text = "nothing: this version does not support it yet";
-                return Err(Wrong::new(key, "a value", text).below(&name));
-            }
+        let start = match &table.start {
+            None => Start::Earliest,
+            Some(text) => text.parse().map_err(|_| {
+                let found = format!("{:?}", cut(text));
+                let expected = "\"earliest\", \"now\" or a time such as \"2026-11-24T15:00:00Z\"";
+                Wrong::new("start", found, expected).below(&name)
+            })?,
+        };
+        if name == MAIN && start != Start::Earliest {
+            let expected = "\"earliest\", or no such key: main begins with the log";
+            return Err(Wrong::new("start", start, expected).below(&name));
         }
         if table.topics.as_ref().is_some_and(Vec::is_empty) {
             let expected = "one topic at least, or no such key for all topics";
@@ -439,6 +447,9 @@ pub(super) fn destinations(
         }
         let settings = DestinationSettings {
             topics: table.topics,
+            start,
+            relay: table.relay.unwrap_or(true),
+            transport: None,
         };
         Ok((name, settings))
     };

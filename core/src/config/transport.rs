@@ -8,6 +8,9 @@ use serde::de::DeserializeOwned;
 use super::problem::{Scope, is_table, list, nearest, refuse};
 use crate::error::{Error, Result};
 
+/// Where it stands, unless it is a destination's own.
+const TABLE: &str = "transport";
+
 /// `[transport]`: the word that selects the broker, and a table for each broker that is spoken about.
 ///
 /// The tables stay as they are written: `[transport.amqp]` is read by the adapter for AMQP. Only the selected one is
@@ -17,6 +20,8 @@ pub struct TransportSettings {
     kind: Option<String>,
     tables: BTreeMap<String, Value>,
     scope: Scope,
+    /// Where it stands, below `[transport]` itself: `destinations`, a name, `transport`.
+    path: Vec<String>,
 }
 
 impl TransportSettings {
@@ -37,24 +42,45 @@ impl TransportSettings {
     }
 
     pub(super) fn read(value: &Value, scope: Scope) -> Result<Self> {
-        let mut tables: Dict = scope.read(&["transport"], value)?;
+        Self::read_at(&[TABLE], value, scope)
+    }
+
+    /// Reads a table that stands elsewhere.
+    pub(super) fn read_at(path: &[&str], value: &Value, scope: Scope) -> Result<Self> {
+        let mut tables: Dict = scope.read(path, value)?;
+        let at_kind = [path, &["kind"]].concat();
         let kind: Option<String> = match tables.remove("kind") {
-            Some(kind) => Some(scope.read(&["transport", "kind"], &kind)?),
+            Some(kind) => Some(scope.read(&at_kind, &kind)?),
             None => None,
         };
         if kind.as_deref().is_some_and(|kind| !is_word(kind)) {
             let found = "a text that is no word (not shown)";
-            return Err(scope.wrong(&["transport", "kind"], found, "a word such as \"amqp\""));
+            return Err(scope.wrong(&at_kind, found, "a word such as \"amqp\""));
         }
         if let Some((key, _)) = tables.iter().find(|(_, v)| !is_table(v)) {
-            let path = ["transport".to_owned(), key.clone()];
+            let mut path: Vec<String> = path.iter().map(|p| (*p).to_owned()).collect();
+            path.push(key.clone());
             return Err(scope.unknown(&path, ["kind"].into_iter(), false));
         }
         Ok(Self {
             kind,
             tables,
             scope,
+            path: path.iter().map(|p| (*p).to_owned()).collect(),
         })
+    }
+
+    /// The path of something below it.
+    fn at<'a>(&'a self, below: &[&'a str]) -> Vec<&'a str> {
+        let own = match self.path.is_empty() {
+            true => vec![TABLE],
+            false => self.path.iter().map(String::as_str).collect(),
+        };
+        [own.as_slice(), below].concat()
+    }
+
+    fn owned(&self, below: &[&str]) -> Vec<String> {
+        self.at(below).into_iter().map(str::to_owned).collect()
     }
 
     /// The word that selects the broker.
@@ -68,7 +94,7 @@ impl TransportSettings {
         let known_list = list(&quoted.iter().map(String::as_str).collect::<Vec<_>>());
         let Some(kind) = &self.kind else {
             return Err(self.scope.wrong(
-                &["transport"],
+                &self.at(&[]),
                 "no kind",
                 format_args!("kind = {known_list}"),
             ));
@@ -83,7 +109,7 @@ impl TransportSettings {
                 false => "",
             };
             return Err(self.scope.wrong(
-                &["transport", "kind"],
+                &self.at(&["kind"]),
                 format_args!("{kind:?}{here}"),
                 format_args!("{known_list}{hint}"),
             ));
@@ -91,7 +117,7 @@ impl TransportSettings {
         let spoken_of = |t: &str| known.contains(&t) || later.contains(&t);
         match self.tables.keys().find(|t| !spoken_of(t.as_str())) {
             Some(table) => {
-                let path = ["transport".to_owned(), table.clone()];
+                let path = self.owned(&[table]);
                 let keys = known.iter().copied().chain(["kind"]);
                 Err(self.scope.unknown(&path, keys, false))
             }
@@ -107,7 +133,7 @@ impl TransportSettings {
     pub fn table<T: DeserializeOwned>(&self, kind: &str) -> Result<T> {
         let empty = Value::from(Dict::new());
         let value = self.tables.get(kind).unwrap_or(&empty);
-        self.scope.read(&["transport", kind], value)
+        self.scope.read(&self.at(&[kind]), value)
     }
 
     /// Refuses a table of a kind that has no settings.
@@ -122,7 +148,7 @@ impl TransportSettings {
             .and_then(|t| t.keys().next())
         {
             Some(key) => {
-                let path = ["transport", kind, key].map(str::to_owned);
+                let path = self.owned(&[kind, key]);
                 Err(self.scope.unknown(&path, std::iter::empty(), false))
             }
             None => Ok(()),
@@ -133,7 +159,7 @@ impl TransportSettings {
     /// reason that begins with the name of a field that the table has, as in `url: found …`, is about that field.
     #[must_use]
     pub fn refuse(&self, key: &str, reason: &str) -> Error {
-        let mut path = vec!["transport".to_owned(), key.to_owned()];
+        let mut path = self.owned(&[key]);
         let table = self.tables.get(key).and_then(Value::as_dict);
         let text = match reason.split_once(": ") {
             Some((field, rest)) if table.is_some_and(|t| t.contains_key(field)) => {

@@ -1,20 +1,29 @@
 //! The relay's side of an event's way: log, window, publisher, cursor.
 
 mod circuit;
+mod destination;
 mod lines;
 mod partition;
 mod session;
 mod trail;
 
-use std::{collections::HashSet, future::Future, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    future::Future,
+    sync::Arc,
+    time::Duration,
+};
 
 use pillarbox_transport::{Limits, Message, Transport};
 use tokio_util::sync::CancellationToken;
+
+pub(crate) use destination::Replaying;
 
 use self::circuit::Circuit;
 use crate::{
     backoff::Backoff,
     breaker::BreakerState,
+    destination::{MAIN, Start},
     error::{Error, Kind, Result},
     failure::{OnExhausted, Retry, Side},
     lease::LeaseTerm,
@@ -106,7 +115,10 @@ struct Core {
     wake: Wake,
     limits: Limits,
     destination: Arc<str>,
+    start: Option<Start>,
+    replay: Option<Arc<Replaying>>,
     topics: Option<Arc<HashSet<String>>>,
+    per_key: Arc<HashMap<String, usize>>,
     source: Option<Arc<str>>,
     accept_unrouted: Arc<HashSet<String>>,
     settings: Arc<RelaySettings>,
@@ -126,8 +138,11 @@ impl Relay {
             transport,
             wake: outbox.waker().clone(),
             limits: outbox.limits().clone(),
-            destination: "main".into(),
+            destination: MAIN.into(),
+            start: None,
+            replay: None,
             topics: None,
+            per_key: Arc::default(),
             source: None,
             accept_unrouted: Arc::default(),
             settings: Arc::default(),
@@ -143,6 +158,21 @@ impl Relay {
     /// Publishes these topics alone; events of others count as settled.
     pub fn topics(mut self, topics: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.core.topics = Some(Arc::new(topics.into_iter().map(Into::into).collect()));
+        self
+    }
+
+    /// Publishes all topics, as it does without [`Relay::topics`].
+    pub fn all_topics(mut self) -> Self {
+        self.core.topics = None;
+        self
+    }
+
+    /// Lets so many unconfirmed events of each key of a topic be in flight at once, instead of one. Faster where few keys have
+    /// many events, and weaker: when one of them is refused or its answer is lost while later ones are taken, these come before
+    /// it, and consumers see the key out of order. Other topics keep their order.
+    pub fn in_flight_per_key(mut self, topic: impl Into<String>, events: u32) -> Self {
+        let events = usize::try_from(events).unwrap_or(usize::MAX).max(1);
+        Arc::make_mut(&mut self.core.per_key).insert(topic.into(), events);
         self
     }
 
@@ -206,7 +236,7 @@ impl Relay {
         let (core, watcher) = self.core.watched();
         let mut backoff = Backoff::connection();
         let partitions = loop {
-            match core.store.partitions().await {
+            match core.enter().await {
                 Ok(partitions) => break partitions,
                 Err(e) if e.is_temporary() => core.waits("database", &e.to_string()),
                 Err(e) => return Err(e),
@@ -224,7 +254,10 @@ impl Relay {
             tasks.spawn(task(partition::run(core.clone(), partition, stop.clone())));
         }
         tasks.spawn(task(watcher.run(stop.clone())));
-        tasks.spawn(task(core.cleaner().run(stop.clone())));
+        // A replay's settings are not the database's.
+        if core.replay.is_none() {
+            tasks.spawn(task(core.cleaner().run(stop.clone())));
+        }
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {

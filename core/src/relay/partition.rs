@@ -22,7 +22,7 @@ pub(super) async fn run(core: Core, partition: u16, stop: CancellationToken) -> 
     while !stop.is_cancelled() {
         // Before the acquisition is sent: the database's clock starts no earlier.
         let sent = Instant::now();
-        let wait = match core.store.acquire(&key, core.settings.lease).await {
+        let wait = match core.acquire(&key).await {
             Ok(Some(acquired)) => {
                 core.goes_on(&with("lease"));
                 let lease = acquired.lease.clone();

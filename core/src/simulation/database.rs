@@ -272,6 +272,7 @@ impl Database {
                 epoch: row.epoch,
             },
             progress: row.progress.clone(),
+            since: None,
             position: row.position,
             reset,
         };

@@ -13,11 +13,12 @@ use async_trait::async_trait;
 use pillarbox_transport::Message;
 
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{Destination, DryRun, Filter, Gone, Letter, LetterId, Removed, Selection, Shown},
     backpressure::Backlog,
     connection::{Connection, Pool},
     cursor::Progress,
-    error::Result,
+    destination::{Reanchored, Start},
+    error::{Error, Kind, Result},
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
@@ -32,7 +33,7 @@ pub(crate) mod sqlite;
 /// The program's number for the schema's "oldest program that may use it".
 pub const PROGRAM: i32 = 1;
 /// The schema version that this program makes.
-pub const SCHEMA_VERSION: i32 = 4;
+pub const SCHEMA_VERSION: i32 = 5;
 
 /// A database of outbox, cursors, leases, exceptions and inbox.
 #[async_trait]
@@ -209,6 +210,123 @@ pub trait Store: Send + Sync + 'static {
     async fn forget_pauses(&self, _lease: &Lease, _side: Side) -> Result<u64> {
         Ok(0)
     }
+
+    /// Looks whether the database is where its cursors were written. If not, fits log and cursors to the place where it is,
+    /// once, whoever calls: nothing is lost, and each destination keeps what it has settled. None if all is as it was.
+    async fn anchor(&self) -> Result<Option<Reanchored>> {
+        Ok(None)
+    }
+
+    /// Makes a destination's cursors, unless it has some, in one durable transaction. A replay ends with what is visible now.
+    async fn add_destination(&self, new: &NewDestination) -> Result<Added> {
+        Err(of_one(&new.name))
+    }
+
+    /// The destinations that have cursors, by name; without what waits beside the log.
+    async fn destinations(&self) -> Result<Vec<Registered>> {
+        Ok(Vec::new())
+    }
+
+    /// Deletes a destination's cursors, lines, and dead letters, where no `heir` takes these, in one durable transaction that
+    /// records what was lost. None if there is none of this name; [`Kind::Invalid`] for the last one.
+    async fn remove_destination(
+        &self,
+        name: &str,
+        _why: &str,
+        _heir: Option<&str>,
+    ) -> Result<Option<Removed>> {
+        Err(of_one(name))
+    }
+
+    /// The record of those that were removed, the last one first.
+    async fn removed_destinations(&self) -> Result<Vec<Removed>> {
+        Ok(Vec::new())
+    }
+
+    /// For the cleaner of the log: counts for how long each destination has been without a relay.
+    async fn watch_destinations(&self, _lease: &Lease) -> Result<Vec<Unserved>> {
+        Ok(Vec::new())
+    }
+
+    /// What the log holds.
+    async fn log_extent(&self) -> Result<Extent> {
+        Ok(Extent::default())
+    }
+
+    /// Counts the events of the log that a selection names, up to 100,000, and those that are older than `remember`.
+    async fn count_events(&self, _selection: &Selection, _remember: Duration) -> Result<Counted> {
+        Ok(Counted::default())
+    }
+}
+
+/// The simulation's store has the one destination that its relays serve.
+fn of_one(name: &str) -> Error {
+    let text = format!("this store knows no other destinations than its own: {name:?}");
+    Error::new(Kind::Invalid, "change destinations", text)
+}
+
+/// A destination to be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewDestination {
+    /// Its name, checked.
+    pub name: String,
+    /// Where it begins.
+    pub start: Start,
+    /// What is sent again, as JSON, if it is a replay.
+    pub replay: Option<String>,
+    /// Also if one of this name was removed.
+    pub again: bool,
+}
+
+/// What [`Store::add_destination`] found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Added {
+    /// None of this name; it is made.
+    New,
+    /// It has cursors, and began there; nothing is changed.
+    There(Start),
+    /// It was removed; it is made where that was asked for.
+    Removed(Removed),
+}
+
+/// A destination and what is kept of it besides.
+#[derive(Debug, Clone)]
+pub struct Registered {
+    /// The destination.
+    pub destination: Destination,
+    /// What is sent again, as JSON, if it is a replay.
+    pub replay: Option<String>,
+}
+
+/// For how long nobody has served a destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unserved {
+    /// Its name.
+    pub name: String,
+    /// Zero while a relay holds one of its partitions.
+    pub unserved: Duration,
+}
+
+/// What the log holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// Position and time of its first event.
+    pub oldest: Option<(i64, SystemTime)>,
+    /// The highest position that was seen in it; 0 before the first.
+    pub newest: i64,
+    /// What retention has removed.
+    pub gone: Option<Gone>,
+}
+
+/// What [`Store::count_events`] counted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counted {
+    /// Events.
+    pub events: u64,
+    /// When the first and the last of them were enqueued.
+    pub between: Option<(SystemTime, SystemTime)>,
+    /// Of these, how many are older than what was asked.
+    pub older: u64,
 }
 
 /// What a step of cleaning did.

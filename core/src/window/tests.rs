@@ -560,3 +560,47 @@ proptest! {
         run(limits, log, &ops);
     }
 }
+
+fn of(topic: &str) -> Option<Key> {
+    Some(Key {
+        topic: topic.into(),
+        key: "k".into(),
+    })
+}
+
+/// Each topic has its own number, and what a topic is not told stays one.
+#[test]
+fn several_of_a_key_where_its_topic_allows_it() {
+    let limits = Limits {
+        unsettled: 100,
+        held: 100,
+        bytes: 1 << 20,
+        in_flight: 100,
+        per_key: 1,
+    };
+    let wide = HashMap::from([("wide".to_owned(), 3)]);
+    let mut window = Window::new(limits).per_topic(Arc::new(wide));
+    let push = |window: &mut Window<(&'static str, usize)>, topic: &'static str| {
+        for n in 0..5 {
+            window.push((topic, n), of(topic), 1);
+        }
+    };
+    push(&mut window, "wide");
+    push(&mut window, "plain");
+    let taken = window.take(100, |_| true);
+    let items: Vec<_> = taken.iter().map(|a| *window.get(a.seq).unwrap()).collect();
+    let expected = [("wide", 0), ("wide", 1), ("wide", 2), ("plain", 0)];
+    assert_eq!(items, expected);
+    // One that ends makes room for one, in order.
+    assert!(window.settle(taken[1]));
+    assert!(window.settle(taken[3]));
+    let next = window.take(100, |_| true);
+    let items: Vec<_> = next.iter().map(|a| *window.get(a.seq).unwrap()).collect();
+    assert_eq!(items, [("wide", 3), ("plain", 1)]);
+    // One that fails alone takes those behind it into its line, and not those before.
+    assert!(window.defer(taken[2]));
+    assert_eq!(window.take_deferrals(10), [taken[2].seq, next[0].seq, 4]);
+    assert!(window.settle(taken[0]));
+    assert!(window.take(100, |_| true).is_empty());
+    assert_eq!(window.advance(), Some(1));
+}

@@ -1,6 +1,8 @@
 //! PostgreSQL under the suite, and what only PostgreSQL promises: late commits, crashes of the server, other sessions.
 
+mod anchor;
 mod crash;
+mod destinations;
 mod fences;
 mod log;
 mod retention;
@@ -31,7 +33,7 @@ use crate::suite::{self, Bench, acquire, drain};
 
 /// A database of one test's own.
 pub(crate) struct Db {
-    url: String,
+    pub(crate) url: String,
 }
 
 impl Db {
@@ -172,6 +174,12 @@ impl Bench for Db {
             written += 5;
         }
         written
+    }
+
+    async fn grow_old(&self, seconds: i64) {
+        let sql =
+            format!("UPDATE {{outbox}} SET created_at = created_at - {seconds} * interval '1 s'");
+        self.execute(&sql).await;
     }
 
     async fn pass(&self, seconds: i64) {

@@ -121,6 +121,11 @@ impl Bench for File {
         events
     }
 
+    async fn grow_old(&self, seconds: i64) {
+        let sql = format!("UPDATE {{outbox}} SET created_at = created_at - {seconds} * 1000000");
+        self.execute(&sql).await;
+    }
+
     async fn pass(&self, seconds: i64) {
         let sql = format!(
             "UPDATE {{inbox}} SET arrived = arrived - {seconds} * 1000000; \
@@ -370,5 +375,45 @@ async fn a_memory_database_lives_in_the_hosts_pool() {
             .await
             .unwrap();
         assert_eq!(rows, 0);
+    }
+}
+
+/// Positions are all there is: a copy goes on where the original was when it was made, and draws positions above its own.
+#[tokio::test]
+async fn a_copied_file_keeps_what_each_destination_has_settled() {
+    let original = File::new();
+    let database = suite::migrated(&original).await;
+    let store = &**database.store();
+    let admin = pillarbox_core::Admin::new(&database, "ada");
+    let start = pillarbox_core::Start::Earliest;
+    admin.add_destination("audit", start).await.unwrap();
+    let events: Vec<_> = (0..4).map(|_| suite::message(Some("k"))).collect();
+    suite::enqueue(&database, &events).await;
+    let audit = suite::destinations::destination("audit");
+    for (key, settled) in [(suite::relay(), 3), (audit.clone(), 1)] {
+        let acquired = suite::acquire(store, &key).await;
+        let slice = store.read(0, &acquired.progress, 10).await.unwrap();
+        let at = slice.within.at(slice.events[settled - 1].position);
+        let done = store.settle(&acquired.lease, &at, suite::term(), true);
+        done.await.unwrap();
+    }
+
+    let copy = File::new();
+    let into = format!("VACUUM INTO '{}'", copy.path().display());
+    original.execute(&into).await;
+    // The original goes on, and the copy knows nothing of it.
+    suite::enqueue(&database, &[suite::message(Some("k"))]).await;
+    let database = copy.database().await;
+    let store = &**database.store();
+    assert_eq!(store.anchor().await.unwrap(), None);
+    let new = suite::message(Some("k"));
+    suite::enqueue(&database, std::slice::from_ref(&new)).await;
+    let all = [events.as_slice(), &[new]].concat();
+    for (key, settled) in [(suite::relay(), 3), (audit, 1)] {
+        // As it was held when it was copied.
+        copy.expire(&key, -1).await;
+        let acquired = suite::acquire(store, &key).await;
+        let (left, _) = suite::drain(store, acquired.progress, 10).await;
+        assert_eq!(suite::ids(&left), suite::ids_of(&all[settled..]));
     }
 }

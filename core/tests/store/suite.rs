@@ -22,6 +22,7 @@ use uuid::Uuid;
 pub(crate) mod backpressure;
 pub(crate) mod consumer;
 pub(crate) mod deferred;
+pub(crate) mod destinations;
 pub(crate) mod drops;
 pub(crate) mod fences;
 pub(crate) mod forgetting;
@@ -60,6 +61,8 @@ pub(crate) trait Bench: Send + Sync {
     /// Writes so many events, some at a time, and answers how many; fails if a lock is waited for longer than 50 ms, where
     /// writers can wait beside each other.
     async fn write_impatiently(&self, events: usize) -> usize;
+    /// Moves the log's events so many seconds into the past, without moving them to other slots.
+    async fn grow_old(&self, seconds: i64);
     /// Moves everything that has arrived so many seconds into the past.
     async fn pass(&self, seconds: i64);
 }
@@ -340,6 +343,15 @@ macro_rules! exercise {
             backpressure::the_backlog_is_what_is_not_settled,
             backpressure::an_outbox_refuses_beyond_what_it_was_told,
             retention::a_log_under_load_does_not_grow,
+            destinations::each_begins_where_it_was_told,
+            destinations::a_destination_is_added_once,
+            destinations::a_list_tells_how_each_stands,
+            destinations::a_removed_destination_leaves_its_loss,
+            destinations::the_last_destination_stays,
+            destinations::a_relay_serves_what_is_there_or_begins_it,
+            destinations::an_abandoned_destination_is_removed_with_its_loss,
+            destinations::main_is_never_abandoned,
+            destinations::a_replay_says_what_it_would_send,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,

@@ -119,6 +119,17 @@ impl Postgres {
         }
     }
 
+    /// One of the programs that come with the server, such as `pg_dump`; none where they are not installed.
+    #[must_use]
+    pub fn program(name: &str) -> Option<PathBuf> {
+        let folder = binaries()?;
+        // A link on the path leads to the others.
+        let server = std::fs::canonicalize(folder.join("postgres")).ok();
+        let beside = server.and_then(|server| Some(server.parent()?.join(name)));
+        let mut places = [Some(folder.join(name)), beside].into_iter().flatten();
+        places.find(|path| path.is_file())
+    }
+
     /// The address of a database on this server. The port stays the same over restarts.
     ///
     /// A text from the environment that is no URL comes back as it is.

@@ -2,6 +2,7 @@
 
 mod bounds;
 mod chain;
+mod destinations;
 mod duplicates;
 mod effects;
 mod enqueue;
@@ -14,6 +15,7 @@ mod owners;
 mod pauses;
 mod poison;
 mod refused;
+mod replays;
 mod settings;
 mod start;
 mod way;

@@ -272,8 +272,13 @@ fn a_value_out_of_range_says_the_range() {
         ),
         (
             "topics.a.in_flight_per_key",
-            "2",
-            "found 2, expected 1: with more, an event that fails alone would let later ones of its key overtake it",
+            "0",
+            "found 0, expected 1 to 10000",
+        ),
+        (
+            "retention.abandon_after",
+            "'1m'",
+            "found 1m, expected 1h to 10years",
         ),
     ] {
         says(
@@ -320,20 +325,31 @@ fn what_comes_later_is_refused_rather_than_ignored() {
             ),
         );
     }
+}
+
+#[test]
+fn destinations_that_make_no_sense_are_refused() {
     says(
-        "[destinations.audit]",
-        "shop.toml, line 1: destinations.audit: found a destination \"audit\", expected [destinations.main] alone: this \
-         version has one destination",
+        "[destinations.'a b']",
+        "shop.toml, line 1: destinations.\"a b\": found the name \"a b\", expected 1 to 64 letters, digits, '_', '-', '.'",
     );
-    for key in ["start = 'now'", "transport = { kind = 'kafka' }"] {
-        let name = key.split(' ').next().unwrap();
-        says(
-            &format!("[destinations.main]\n{key}"),
-            &format!(
-                "shop.toml, line 2: destinations.main.{name}: found a value, expected nothing: this version does not support it yet"
-            ),
-        );
-    }
+    says(
+        "[destinations.audit]\nstart = 'yesterday'",
+        "shop.toml, line 2: destinations.audit.start: found \"yesterday\", expected \"earliest\", \"now\" or a time such as \
+         \"2026-11-24T15:00:00Z\"",
+    );
+    says(
+        "[destinations.main]\nstart = 'now'",
+        "shop.toml, line 2: destinations.main.start: found now, expected \"earliest\", or no such key: main begins with the log",
+    );
+    says(
+        "[destinations.audit]\ntransport = 'kafka'",
+        "shop.toml, line 2: destinations.audit.transport: found \"kafka\", expected a table",
+    );
+    says(
+        "[destinations.audit]\ntransport = { kind = 'amqp', amqp = 5 }",
+        "shop.toml, line 2: destinations.audit.transport.amqp: this key is unknown, expected kind",
+    );
     says(
         "[destinations.main]\ntopics = []",
         "shop.toml, line 2: destinations.main.topics: found an empty list, expected one topic at least, or no such key for \

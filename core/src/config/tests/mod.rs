@@ -246,3 +246,63 @@ fn a_file_is_loaded() {
     assert_eq!(config.at("inventory").unwrap().relay.batch, 11);
     assert!(Config::load(Path::new("Cargo.toml")).is_ok());
 }
+
+#[test]
+fn a_destination_has_its_own_broker_and_start() {
+    let settings = Config::parse(
+        r#"
+        transport.kind = "memory"
+        [destinations.audit]
+        topics = ["orders.events"]
+        start = "2026-11-24T15:00:00Z"
+        transport = { kind = "amqp", amqp = { url = "amqp://localhost" } }
+        [destinations.elsewhere]
+        relay = false
+        "#,
+    )
+    .unwrap()
+    .settings()
+    .unwrap();
+    assert_eq!(settings.relayed(), ["main", "audit"]);
+    let audit = &settings.destinations["audit"];
+    assert_eq!(audit.start.to_string(), "2026-11-24T15:00:00Z");
+    let kind = |name: &str| {
+        let transport = settings.transport_of(name).unwrap();
+        transport.kind(&["memory", "amqp"], &[]).unwrap().to_owned()
+    };
+    assert_eq!(
+        ["main", "audit", "elsewhere"].map(kind),
+        ["memory", "amqp", "memory"]
+    );
+    let table = settings.transport_of("audit").unwrap();
+    let table: toml::Table = table.table("amqp").unwrap();
+    assert_eq!(table["url"].as_str(), Some("amqp://localhost"));
+    let refused = table_of(&settings, "audit", "nats")
+        .unwrap_err()
+        .to_string();
+    assert!(
+        refused.contains("destinations.audit.transport.kind"),
+        "{refused}"
+    );
+    let unknown = settings.transport_of("audti").unwrap_err();
+    assert_eq!(unknown.kind(), crate::Kind::NotFound);
+    assert!(
+        unknown.to_string().contains("main, audit, elsewhere"),
+        "{unknown}"
+    );
+}
+
+/// A broker's kind in a program that knows others alone.
+fn table_of(settings: &crate::Settings, name: &str, known: &str) -> crate::Result<String> {
+    let transport = settings.transport_of(name)?;
+    transport.kind(&[known], &[]).map(str::to_owned)
+}
+
+#[test]
+fn main_can_be_left_to_others() {
+    let settings = Config::parse("[destinations.main]\nrelay = false\n[destinations.next]")
+        .unwrap()
+        .settings()
+        .unwrap();
+    assert_eq!(settings.relayed(), ["next"]);
+}

@@ -35,7 +35,8 @@ fn what_it_says_is_what_holds() {
         Unrouted::default()
     );
     assert_eq!(said.topics["orders.events"].in_flight_per_key, 1);
-    assert_eq!(said.destinations["main"], DestinationSettings::default());
+    let main = format!("{:?}", said.destinations["main"]);
+    assert_eq!(main, format!("{:?}", DestinationSettings::default()));
 }
 
 /// The fields that a table may have, as serde knows them.
@@ -63,10 +64,7 @@ fn it_names_every_field_and_no_other() {
     ] {
         let (_, rest) = text.split_once(&format!("\n{table}\n")).expect(table);
         let body = rest.split("\n[").next().unwrap();
-        for field in fields
-            .iter()
-            .filter(|f| !["start", "transport"].contains(f))
-        {
+        for field in fields {
             let named = body.lines().any(|l| {
                 l.trim_start_matches("# ")
                     .starts_with(&format!("{field} = "))

@@ -70,14 +70,16 @@ impl Session<'_> {
                 let topic = &e.message.topic;
                 paused.get(topic).is_none_or(|p| p.until <= now) && !held.hold_topic(topic)
             };
-            let attempts = self.window.take(if probes { 1 } else { most }, allowed);
+            let most = self.core.paced(if probes { 1 } else { most }, now);
+            let attempts = self.window.take(most, allowed);
             if attempts.is_empty() {
                 // Nothing is there to prove it with: that it could be opened must do.
-                if probes {
+                if probes && most > 0 {
                     self.is_back();
                 }
                 return;
             }
+            self.core.spend(attempts.len());
             let (attempts, refused) = self.without_defects(attempts);
             for (attempt, reason) in refused {
                 self.bury(attempt, reason);
@@ -257,6 +259,9 @@ impl Session<'_> {
     }
 
     pub(super) fn count(&self, name: &'static str, events: u64) {
+        if matches!(name, "stored" | "accepted") {
+            self.core.taken(events);
+        }
         let destination = self.core.destination.clone();
         metrics::counter!("pillarbox_relay_events_total", "destination" => destination, "outcome" => name).increment(events);
     }

@@ -34,6 +34,9 @@ impl Session<'_> {
 
     /// Not for every place that falls free: a read has a price.
     pub(super) fn wants_more(&self) -> bool {
+        if !self.core.reads_on(&self.from) {
+            return false;
+        }
         let limits = self.core.settings.window;
         let batch = usize::try_from(self.core.settings.batch).unwrap_or(usize::MAX);
         let worthwhile = batch.min(limits.unsettled).min(limits.held) / 4;
@@ -44,7 +47,7 @@ impl Session<'_> {
         self.reading = false;
         let now = Instant::now();
         let slice = match read {
-            Ok(slice) => slice,
+            Ok(slice) => self.core.bounded(&self.from, slice),
             Err(e) => {
                 self.poll_at = now + self.read_backoff.step();
                 return self.trouble(READING, e);
@@ -80,18 +83,13 @@ impl Session<'_> {
     }
 
     pub(super) fn push(&mut self, mut event: Logged) {
-        // Filtered here and not in SQL: the cursor must move over what nobody wants.
-        if self
-            .core
-            .topics
-            .as_ref()
-            .is_some_and(|t| !t.contains(&event.message.topic))
-        {
+        if !self.core.wants(&event, self.since) {
             self.window.push_settled();
             return;
         }
         // Nobody shares it yet: changed in place.
         let message = Arc::make_mut(&mut event.message);
+        self.core.mark(message);
         let attributes = &mut message.attributes;
         if let Some(source) = &self.core.source {
             attributes

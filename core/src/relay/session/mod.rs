@@ -12,7 +12,7 @@ mod pauses;
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -111,6 +111,8 @@ struct Session<'a> {
 
     reading: bool,
     from: Progress,
+    /// What was enqueued before is passed over.
+    since: Option<SystemTime>,
     poll_at: Instant,
     poll: Duration,
     read_backoff: Backoff,
@@ -182,7 +184,7 @@ impl<'a> Session<'a> {
             open_at: now,
             open_backoff: Backoff::connection(),
             probe: None,
-            window: Window::new(core.settings.window),
+            window: Window::new(core.settings.window).per_topic(core.per_key.clone()),
             trail: Trail::default(),
             lines: Lines::default(),
             failed: HashMap::new(),
@@ -193,6 +195,7 @@ impl<'a> Session<'a> {
             told_full: false,
             reading: false,
             from: acquired.progress,
+            since: acquired.since,
             poll_at: now,
             poll: core.settings.busy_poll,
             read_backoff: Backoff::connection(),
@@ -343,6 +346,9 @@ impl<'a> Session<'a> {
             at(resume);
         }
         self.publish(now);
+        if let Some(turn) = self.core.next_turn(now) {
+            at(turn);
+        }
         if self.probe.is_none() {
             self.start_lines(now).into_iter().for_each(at);
         }

@@ -227,6 +227,24 @@ impl Engine {
         })
     }
 
+    /// A transaction that sees one state of the database throughout: that of the moment after `first`, which takes a lock.
+    pub(super) async fn begin_repeatable(
+        &self,
+        operation: &'static str,
+        bound: Duration,
+        first: &str,
+    ) -> Result<Tx<'_>> {
+        let bound = millis(bound).max(1);
+        let begin = format!(
+            "BEGIN ISOLATION LEVEL REPEATABLE READ; SET LOCAL statement_timeout = {bound}; \
+             SET LOCAL idle_in_transaction_session_timeout = {bound}; SET LOCAL synchronous_commit = on; {first}"
+        );
+        Ok(Tx {
+            session: self.begun(operation, begin).await?,
+            engine: self,
+        })
+    }
+
     /// A consumer's transaction, in which handlers write: the same bounds, and planner and durability as the host has them.
     pub(super) async fn begin_unit(
         &self,

@@ -70,11 +70,12 @@ impl Statements {
             key: RELAY,
             // For every partition: a slot of the log is settled only when every destination has a row for each.
             create: "(destination, partition) SELECT $1, p FROM {schema}.installation i, \
-                     generate_series(0, i.partitions - 1) p WHERE $2 < i.partitions",
-            found: ", (SELECT i.system_identifier = s.system_identifier \
-                    FROM {schema}.installation i, pg_control_system() s) AS at_home",
+                     generate_series(0, i.partitions - 1) p WHERE $2 < i.partitions \
+                     AND NOT EXISTS (SELECT FROM {schema}.destination d WHERE d.name = $1 AND d.removed_at IS NOT NULL)",
+            found: ", {schema}.at_home() AS at_home",
             set: "",
-            granted: ", c.seen::text AS seen, c.base, c.upto::text AS upto, c.last",
+            granted: ", c.seen::text AS seen, c.base, c.upto::text AS upto, c.last, \
+                      (SELECT d.since FROM {schema}.destination d WHERE d.name = c.destination) AS since",
         };
         let source = Shape {
             schema,
@@ -276,11 +277,16 @@ impl Inner {
         acquired(&row, key, owner, reset).map(Some).map_err(read)
     }
 
-    /// Nothing was created: somebody else was faster, or there is no such partition.
+    /// Nothing was created: somebody else was faster, the destination was removed, or there is no such partition.
     async fn check_partition(&self, tx: &mut Tx<'_>, key: &LeaseKey) -> Result<()> {
-        let LeaseKey::Relay { partition, .. } = key else {
+        let LeaseKey::Relay {
+            partition,
+            destination,
+        } = key
+        else {
             return Ok(());
         };
+        self.check_removed(tx, destination).await?;
         let found = tx.fetch_one(query(&self.schema.partitions)).await?;
         let partitions = found.and_then(|row| row.try_get::<i16, _>("partitions").ok());
         if partitions.is_some_and(|n| i32::from(n) > i32::from(*partition)) {
@@ -408,9 +414,9 @@ fn check_home(at_home: Option<bool>) -> Result<()> {
     if at_home == Some(true) {
         return Ok(());
     }
-    let text = "the log was restored into another database cluster: its transaction ids and the cursors' mean nothing here, \
-                and events would be skipped. This release cannot anchor them anew";
-    Err(Error::new(Kind::Database, "acquire lease", text))
+    let text = "the database was restored into another cluster, or another server has taken over: the cursors must be \
+                anchored first";
+    Err(Error::new(Kind::Moved, "acquire lease", text))
 }
 
 fn acquired(row: &PgRow, key: &LeaseKey, owner: Uuid, reset: bool) -> sqlx::Result<Acquired> {
@@ -422,6 +428,7 @@ fn acquired(row: &PgRow, key: &LeaseKey, owner: Uuid, reset: bool) -> sqlx::Resu
     let mut acquired = Acquired {
         lease,
         progress: Progress::default(),
+        since: None,
         position: None,
         reset,
     };
@@ -433,6 +440,7 @@ fn acquired(row: &PgRow, key: &LeaseKey, owner: Uuid, reset: bool) -> sqlx::Resu
                 upto: row.try_get("upto")?,
                 last: row.try_get("last")?,
             };
+            acquired.since = super::row::deliver_at(row, "since")?;
         }
         LeaseKey::Source { .. } => {
             let position: Option<i64> = row.try_get("position")?;

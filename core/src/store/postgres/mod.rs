@@ -3,6 +3,8 @@
 //! Everything runs on a few connections of the engine's own, in tasks of their own. Not here: what the engine decides. The
 //! store knows no broker and counts no attempts.
 
+mod anchor;
+mod destination;
 mod engine;
 mod failure;
 mod lease;
@@ -25,12 +27,16 @@ use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting};
+use super::{
+    Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered, Slice,
+    Standing, Store, Trimmed, Unit, Unserved, Waiting,
+};
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{DryRun, Filter, Letter, LetterId, Removed, Selection, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
+    destination::Reanchored,
     error::Result,
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
@@ -53,6 +59,8 @@ struct Inner {
     unit: unit::Statements,
     retention: retention::Statements,
     pause: pause::Statements,
+    destination: destination::Statements,
+    anchor: anchor::Statements,
 }
 
 impl Postgres {
@@ -70,6 +78,8 @@ impl Postgres {
             unit: unit::Statements::new(schema),
             retention: retention::Statements::new(schema),
             pause: pause::Statements::new(schema),
+            destination: destination::Statements::new(schema),
+            anchor: anchor::Statements::new(schema),
         }))
     }
 
@@ -354,5 +364,59 @@ impl Store for Postgres {
         let (inner, lease) = (self.inner(), lease.clone());
         let work = async move { inner.forget_pauses(&lease, side).await };
         self.held("remove pauses that are over", work).await
+    }
+
+    async fn anchor(&self) -> Result<Option<Reanchored>> {
+        let inner = self.inner();
+        let work = async move { inner.anchor().await };
+        to_its_end("anchor the log", anchor::PATIENCE, work).await
+    }
+
+    async fn add_destination(&self, new: &NewDestination) -> Result<Added> {
+        let (inner, new) = (self.inner(), new.clone());
+        let work = async move { inner.add_destination(&new).await };
+        to_its_end("add a destination", destination::DEADLINE, work).await
+    }
+
+    async fn destinations(&self) -> Result<Vec<Registered>> {
+        let inner = self.inner();
+        let work = async move { inner.destinations().await };
+        to_its_end("list destinations", DEADLINE, work).await
+    }
+
+    async fn remove_destination(
+        &self,
+        name: &str,
+        why: &str,
+        heir: Option<&str>,
+    ) -> Result<Option<Removed>> {
+        let (inner, name, why) = (self.inner(), name.to_owned(), why.to_owned());
+        let heir = heir.map(str::to_owned);
+        let work = async move { inner.remove_destination(&name, &why, heir.as_deref()).await };
+        to_its_end("remove a destination", destination::DEADLINE, work).await
+    }
+
+    async fn removed_destinations(&self) -> Result<Vec<Removed>> {
+        let inner = self.inner();
+        let work = async move { inner.removed_destinations().await };
+        to_its_end("list removed destinations", DEADLINE, work).await
+    }
+
+    async fn watch_destinations(&self, lease: &Lease) -> Result<Vec<Unserved>> {
+        let (inner, lease) = (self.inner(), lease.clone());
+        let work = async move { inner.watch_destinations(&lease).await };
+        self.held("watch destinations", work).await
+    }
+
+    async fn log_extent(&self) -> Result<Extent> {
+        let inner = self.inner();
+        let work = async move { inner.log_extent().await };
+        to_its_end("look at the log", DEADLINE, work).await
+    }
+
+    async fn count_events(&self, selection: &Selection, remember: Duration) -> Result<Counted> {
+        let (inner, selection) = (self.inner(), selection.clone());
+        let work = async move { inner.count_events(&selection, remember).await };
+        to_its_end("count events of the log", DEADLINE, work).await
     }
 }

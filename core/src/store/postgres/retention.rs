@@ -93,7 +93,7 @@ impl Statements {
                    SELECT (SELECT min(d.scope) FROM {schema}.dead_letter d WHERE d.side = $1 AND d.scope > s.scope) \
                    FROM s WHERE s.scope IS NOT NULL) SELECT scope FROM s WHERE scope IS NOT NULL",
             ),
-            // Above the cursors: what commits late, below them, is soon read.
+            // Above the cursors: what commits late, below them, is soon read. A replay is behind by nature.
             backlog: text(
                 "SELECT coalesce(max(extract(epoch FROM clock_timestamp() - oldest.created_at)) * 1000, 0)::bigint AS age, \
                    coalesce(max(newest.position) - min(oldest.position) + 1, 0)::bigint AS events \
@@ -101,7 +101,7 @@ impl Statements {
                    WHERE o.partition = c.partition AND o.position > greatest(c.base, c.last) \
                    ORDER BY o.position LIMIT 1) oldest, \
                  LATERAL (SELECT o.position FROM {schema}.outbox o WHERE o.partition = c.partition \
-                   ORDER BY o.position DESC LIMIT 1) newest",
+                   ORDER BY o.position DESC LIMIT 1) newest WHERE c.destination NOT LIKE 'replay:%'",
             ),
             // Those of which the broker is to get a copy stay until it has it, unless they are too many.
             aged: trim(

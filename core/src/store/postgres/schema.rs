@@ -19,6 +19,7 @@ const STEPS: &[(i32, &str)] = &[
     (2, include_str!("retention.sql")),
     (3, include_str!("schema_3.sql")),
     (4, include_str!("pause.sql")),
+    (5, include_str!("destinations.sql")),
 ];
 
 /// The longest that making the schema takes, with the wait for another program that is making it.

@@ -10,7 +10,11 @@ use crate::{
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
 };
 
-use super::{pool::Transaction, row::micros};
+use super::{
+    destination,
+    pool::Transaction,
+    row::{micros, time},
+};
 
 type Query<'q> = sqlx::query::Query<'q, sqlx::Sqlite, SqliteArguments>;
 
@@ -20,6 +24,9 @@ pub(super) async fn acquire(
     key: &LeaseKey,
     term: LeaseTerm,
 ) -> Result<Option<Acquired>> {
+    if let LeaseKey::Relay { destination, .. } = key {
+        destination::check_removed(tx, destination).await?;
+    }
     make(tx, key).await?;
     let owner = Uuid::new_v4();
     let statement = format!(
@@ -28,9 +35,10 @@ pub(super) async fn acquire(
         table(key),
         clause(key),
         match key {
-            LeaseKey::Relay { .. } => "last, ''",
-            LeaseKey::Source { .. } => "position, identity",
-            LeaseKey::Duty { .. } => "NULL, ''",
+            LeaseKey::Relay { .. } =>
+                "last, '', upto, (SELECT since FROM {p}destination WHERE name = destination)",
+            LeaseKey::Source { .. } => "position, identity, NULL, NULL",
+            LeaseKey::Duty { .. } => "NULL, '', NULL, NULL",
         }
     );
     let values = [micros(term.term()), micros(LeaseTerm::LONGEST), 0];
@@ -42,6 +50,8 @@ pub(super) async fn acquire(
     let epoch = row.try_get(0).map_err(|e| tx.failed(e))?;
     let place: Option<i64> = row.try_get(1).map_err(|e| tx.failed(e))?;
     let identity: String = row.try_get(2).map_err(|e| tx.failed(e))?;
+    let upto: Option<i64> = row.try_get(3).map_err(|e| tx.failed(e))?;
+    let since: Option<i64> = row.try_get(4).map_err(|e| tx.failed(e))?;
     let mut acquired = Acquired {
         lease: Lease {
             key: key.clone(),
@@ -49,11 +59,15 @@ pub(super) async fn acquire(
             epoch,
         },
         progress: Progress::default(),
+        since: since.map(time),
         position: None,
         reset: false,
     };
     match key {
-        LeaseKey::Relay { .. } => acquired.progress.last = place.unwrap_or(0),
+        LeaseKey::Relay { .. } => {
+            acquired.progress.last = place.unwrap_or(0);
+            acquired.progress.upto = upto.map(|upto| upto.to_string());
+        }
         LeaseKey::Source { source, .. } if source.identity != identity => {
             forget(tx, key, &source.identity).await?;
             acquired.reset = true;

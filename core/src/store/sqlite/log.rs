@@ -24,11 +24,14 @@ pub(super) async fn read(engine: &Engine, from: &Progress, limit: u32) -> Result
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
     let statement = format!(
-        "SELECT {} FROM {{p}}outbox WHERE position > ? ORDER BY position LIMIT ?",
+        "SELECT {} FROM {{p}}outbox WHERE position > ?1 AND (?2 IS NULL OR position <= ?2) ORDER BY position LIMIT ?3",
         row::LOGGED
     );
+    // Where a replay ends.
+    let upto: Option<i64> = from.upto.as_deref().and_then(|upto| upto.parse().ok());
     let mut rows = sqlx::query(names.sql(&statement))
         .bind(from.last)
+        .bind(upto)
         .bind(limit)
         .fetch(&mut *reader);
     let mut events = Vec::new();
@@ -43,10 +46,18 @@ pub(super) async fn read(engine: &Engine, from: &Progress, limit: u32) -> Result
         bytes += event.message.size();
         events.push(event);
     }
-    let end = events.last().map(|e| from.at(e.position));
+    let through =
+        bytes < SLICE_BYTES && events.len() < usize::try_from(limit).unwrap_or(usize::MAX);
+    let end = match upto.filter(|_| through) {
+        Some(upto) => Some(Progress {
+            upto: None,
+            ..from.at(upto)
+        }),
+        None => events.last().map(|e| from.at(e.position)),
+    };
     Ok(Slice {
         // Whoever wrote them may run with synchronous = NORMAL: seen, but not yet on the disk.
-        gate: end.as_ref().map(|e| Gate(e.last.to_string())),
+        gate: events.last().map(|e| Gate(e.position.to_string())),
         within: from.clone(),
         end,
         events,
@@ -57,11 +68,16 @@ pub(super) async fn read(engine: &Engine, from: &Progress, limit: u32) -> Result
 pub(super) async fn settle(
     tx: &mut Transaction,
     lease: &Lease,
-    last: i64,
+    progress: &Progress,
     term: LeaseTerm,
 ) -> Result<()> {
-    let set = "last = max(last, ?4), expires_at = {now} + ?3";
-    lease::update(tx, lease, set, [row::micros(term.term()), last]).await
+    let set = match progress.upto {
+        Some(_) => "last = max(last, ?4), expires_at = {now} + ?3",
+        // Behind the end of a replay, if it had one.
+        None => "last = max(last, ?4), expires_at = {now} + ?3, upto = NULL",
+    };
+    let values = [row::micros(term.term()), progress.last];
+    lease::update(tx, lease, set, values).await
 }
 
 /// Moves a source's cursor. Also back: an end below the cursor starts it from the oldest.

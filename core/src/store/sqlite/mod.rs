@@ -3,6 +3,7 @@
 //! Every write of the engine is one `BEGIN IMMEDIATE` transaction in a task of its own, which runs to its end whatever
 //! becomes of the caller. It never writes on a connection whose `synchronous` is below FULL.
 
+mod destination;
 mod failure;
 mod lease;
 mod letters;
@@ -22,7 +23,7 @@ use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{DryRun, Filter, Letter, LetterId, Removed, Selection, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -31,7 +32,10 @@ use crate::{
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     pause::{NewPause, Target},
-    store::{Cleaned, Due, Gate, Letters, Paused, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    store::{
+        Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered,
+        Slice, Standing, Store, Trimmed, Unit, Unserved, Waiting,
+    },
 };
 use pool::Engine;
 
@@ -126,10 +130,10 @@ impl Store for Sqlite {
         term: LeaseTerm,
         _durable: bool,
     ) -> Result<()> {
-        let (lease, last) = (lease.clone(), progress.last);
+        let (lease, progress) = (lease.clone(), progress.clone());
         self.engine
             .write("settle", move |tx| {
-                Box::pin(async move { log::settle(tx, &lease, last, term).await })
+                Box::pin(async move { log::settle(tx, &lease, &progress, term).await })
             })
             .await
     }
@@ -344,5 +348,54 @@ impl Store for Sqlite {
                 Box::pin(async move { pause::forget(tx, &lease, side).await })
             })
             .await
+    }
+
+    async fn add_destination(&self, new: &NewDestination) -> Result<Added> {
+        let new = new.clone();
+        self.engine
+            .write("add a destination", move |tx| {
+                Box::pin(async move { destination::add(tx, &new).await })
+            })
+            .await
+    }
+
+    async fn destinations(&self) -> Result<Vec<Registered>> {
+        destination::list(&self.engine).await
+    }
+
+    async fn remove_destination(
+        &self,
+        name: &str,
+        why: &str,
+        heir: Option<&str>,
+    ) -> Result<Option<Removed>> {
+        let (name, why) = (name.to_owned(), why.to_owned());
+        let heir = heir.map(str::to_owned);
+        self.engine
+            .write("remove a destination", move |tx| {
+                Box::pin(async move { destination::remove(tx, &name, &why, heir.as_deref()).await })
+            })
+            .await
+    }
+
+    async fn removed_destinations(&self) -> Result<Vec<Removed>> {
+        destination::list_removed(&self.engine).await
+    }
+
+    async fn watch_destinations(&self, lease: &Lease) -> Result<Vec<Unserved>> {
+        let lease = lease.clone();
+        self.engine
+            .write("watch destinations", move |tx| {
+                Box::pin(async move { destination::watch(tx, &lease).await })
+            })
+            .await
+    }
+
+    async fn log_extent(&self) -> Result<Extent> {
+        destination::extent(&self.engine).await
+    }
+
+    async fn count_events(&self, selection: &Selection, remember: Duration) -> Result<Counted> {
+        destination::count(&self.engine, selection, remember).await
     }
 }

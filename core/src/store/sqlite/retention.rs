@@ -47,10 +47,18 @@ pub(super) async fn clean_log(engine: &Engine, held: &Lease, keep: Duration) -> 
                          SELECT CASE WHEN EXISTS (SELECT 1 FROM {p}cursor GROUP BY destination HAVING max(partition = 0) = 0) \
                            THEN 0 ELSE coalesce(min(last), 0) END FROM {p}cursor WHERE partition = 0) \
                          ORDER BY position LIMIT ?2)) \
-                     WHERE created <= {now} - ?1 AND bytes - size < ?3)",
+                     WHERE created <= {now} - ?1 AND bytes - size < ?3) \
+                     RETURNING position, CAST(created_at AS INTEGER)",
                 );
-                let query = sqlx::query(sql).bind(micros(keep)).bind(ROWS).bind(BYTES);
-                tx.run(query).await
+                let gone: Vec<(i64, i64)> = sqlx::query_as(sql)
+                    .bind(micros(keep))
+                    .bind(ROWS)
+                    .bind(BYTES)
+                    .fetch_all(tx.connection())
+                    .await
+                    .map_err(|e| tx.failed(e))?;
+                note_gone(tx, &gone).await?;
+                Ok(count(gone.iter()))
             })
         })
         .await?;
@@ -61,6 +69,20 @@ pub(super) async fn clean_log(engine: &Engine, held: &Lease, keep: Duration) -> 
     })
 }
 
+/// For replays, which must know what they cannot send.
+async fn note_gone(tx: &mut Transaction, gone: &[(i64, i64)]) -> Result<()> {
+    let position = gone.iter().map(|(position, _)| *position).max();
+    let Some((position, time)) = position.zip(gone.iter().map(|(_, time)| *time).max()) else {
+        return Ok(());
+    };
+    let sql = tx.names().sql(
+        "UPDATE {p}installation SET gone_position = max(gone_position, ?1), gone_time = max(coalesce(gone_time, ?2), ?2)",
+    );
+    tx.run(sqlx::query(sql).bind(position).bind(time))
+        .await
+        .map(drop)
+}
+
 /// How far the destination is behind that is farthest.
 pub(super) async fn backlog(engine: &Engine) -> Result<Backlog> {
     const OPERATION: &str = "look at the backlog";
@@ -69,7 +91,7 @@ pub(super) async fn backlog(engine: &Engine) -> Result<Backlog> {
     let sql = names.sql(
         "SELECT coalesce((SELECT {now} - CAST(o.created_at AS INTEGER) FROM {p}outbox o WHERE o.position > c.last \
            ORDER BY o.position LIMIT 1), 0), coalesce((SELECT max(position) FROM {p}outbox) - c.last, 0) \
-         FROM (SELECT coalesce(min(last), 0) AS last FROM {p}cursor) c",
+         FROM (SELECT coalesce(min(last), 0) AS last FROM {p}cursor WHERE destination NOT LIKE 'replay:%') c",
     );
     let (age, events): (i64, i64) = sqlx::query_as(sql)
         .fetch_one(&mut *reader)

@@ -13,6 +13,7 @@ const STEPS: &[(i32, &str)] = &[
     (2, include_str!("retention.sql")),
     (3, include_str!("schema_3.sql")),
     (4, include_str!("pause.sql")),
+    (5, include_str!("destinations.sql")),
 ];
 const OPERATION: &str = "open schema";
 
@@ -41,25 +42,31 @@ pub(super) async fn migrate(tx: &mut Transaction) -> Result<()> {
         }
         found = version;
     }
-    for (_, step) in STEPS.iter().filter(|(to, _)| *to > found) {
+    for (to, step) in STEPS.iter().filter(|(to, _)| *to > found) {
         let step = tx.names().sql(step);
         sqlx::raw_sql(step)
             .execute(tx.connection())
             .await
             .map_err(|e| tx.failed(e))?;
+        if *to == 1 {
+            make_main(tx).await?;
+        }
     }
     let row = tx.names().sql(
         "INSERT INTO {p}installation (one, version, oldest_program, partitions) VALUES (1, ?, ?, 1) \
          ON CONFLICT (one) DO UPDATE SET version = excluded.version, oldest_program = excluded.oldest_program",
     );
     tx.run(sqlx::query(row).bind(SCHEMA_VERSION).bind(PROGRAM))
-        .await?;
-    // A destination without a row would not hold retention back.
+        .await
+        .map(drop)
+}
+
+/// A destination without a row would not hold retention back. Once: one that an operator removed stays away.
+async fn make_main(tx: &mut Transaction) -> Result<()> {
     let main = tx.names().sql(
         "INSERT INTO {p}cursor (destination, partition) VALUES ('main', 0) ON CONFLICT DO NOTHING",
     );
-    tx.run(sqlx::query(main)).await?;
-    Ok(())
+    tx.run(sqlx::query(main)).await.map(drop)
 }
 
 /// The number of log partitions, if this program may use the schema.

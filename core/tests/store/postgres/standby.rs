@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pillarbox_core::{Error, Kind, store::Gate};
+use pillarbox_core::{Error, Kind, admin::Cause, store::Gate};
 use pillarbox_testkit::servers::Shutdown;
 
 use super::{alone, names, refused, run, until, write};
@@ -80,6 +80,11 @@ async fn a_standby_refuses_and_its_promotion_voids_all_leases() {
     lost(store.renew(&acquired.lease, term()).await);
     lost(store.renew(&group, term()).await);
     store.release(&acquired.lease).await.unwrap();
+    // Another timeline: cursor and log went together, and stay.
+    let moved = store.acquire(&relay(), term()).await.unwrap_err();
+    assert_eq!(moved.kind(), Kind::Moved, "{moved}");
+    let told = store.anchor().await.unwrap().expect("a failover");
+    assert_eq!((told.cause, told.unsettled), (Cause::Failover, Vec::new()));
     let again = acquire(&**store, &relay()).await;
     assert_eq!(names(&**store, again.progress, 10).await.0, ["one"]);
     server.end().await;
