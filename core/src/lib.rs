@@ -10,6 +10,8 @@ pub mod config;
 pub mod connection;
 pub mod consumer;
 pub mod cursor;
+#[cfg(feature = "postgres")]
+pub mod debezium;
 pub mod error;
 mod event;
 pub mod failure;
@@ -30,6 +32,8 @@ pub mod window;
 pub use admin::Admin;
 pub use backpressure::Backlog;
 pub use config::{Config, Settings};
+#[cfg(feature = "postgres")]
+pub use connection::migration_script;
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
 pub use error::{Error, Kind, Result};

@@ -12,6 +12,7 @@ mod retention;
 mod row;
 mod schedule;
 mod schema;
+mod status;
 mod unit;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -24,9 +25,11 @@ use self::{
     engine::{Commit, DEADLINE, Engine, to_its_end},
     unit::Work,
 };
-use super::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting};
+use super::{
+    Cleaned, Due, Gate, Letters, Slice, Standing, Standings, Store, Trimmed, Unit, Waiting,
+};
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{DryRun, Filter, Installation, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -35,6 +38,8 @@ use crate::{
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
 };
+
+pub(crate) use schema::script;
 
 /// The store over a PostgreSQL pool.
 pub(crate) struct Postgres(Arc<Inner>);
@@ -48,6 +53,7 @@ struct Inner {
     failure: failure::Statements,
     letters: letters::Statements,
     schedule: schedule::Statements,
+    status: status::Statements,
     unit: unit::Statements,
     retention: retention::Statements,
 }
@@ -64,6 +70,7 @@ impl Postgres {
             failure: failure::Statements::new(schema),
             letters: letters::Statements::new(schema),
             schedule: schedule::Statements::new(schema),
+            status: status::Statements::new(schema),
             unit: unit::Statements::new(schema),
             retention: retention::Statements::new(schema),
         }))
@@ -106,6 +113,12 @@ impl Store for Postgres {
     async fn partitions(&self) -> Result<u16> {
         let inner = self.inner();
         let work = async move { inner.partitions().await };
+        to_its_end("look at the schema", DEADLINE, work).await
+    }
+
+    async fn installation(&self) -> Result<Installation> {
+        let inner = self.inner();
+        let work = async move { inner.installation().await };
         to_its_end("look at the schema", DEADLINE, work).await
     }
 
@@ -277,6 +290,12 @@ impl Store for Postgres {
         let (inner, lease) = (self.inner(), lease.clone());
         let work = async move { inner.trim_dead_letters(&lease, side, keep, most).await };
         to_its_end("trim dead letters", retention::DEADLINE, work).await
+    }
+
+    async fn standings(&self) -> Result<Standings> {
+        let inner = self.inner();
+        let work = async move { inner.standings().await };
+        to_its_end("look at the status", DEADLINE, work).await
     }
 
     async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {

@@ -12,6 +12,7 @@ mod retention;
 mod row;
 mod schedule;
 mod schema;
+mod status;
 mod unit;
 
 use std::time::Duration;
@@ -21,7 +22,7 @@ use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{DryRun, Filter, Installation, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -29,7 +30,9 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    store::{
+        Cleaned, Due, Gate, Letters, Slice, Standing, Standings, Store, Trimmed, Unit, Waiting,
+    },
 };
 use pool::Engine;
 
@@ -75,6 +78,10 @@ impl Store for Sqlite {
         let partitions = schema::partitions(&self.engine).await?;
         self.engine.warn_if_unsafe().await;
         Ok(partitions)
+    }
+
+    async fn installation(&self) -> Result<Installation> {
+        schema::installation(&self.engine).await
     }
 
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
@@ -269,6 +276,10 @@ impl Store for Sqlite {
         most: u64,
     ) -> Result<Vec<Trimmed>> {
         retention::trim_dead_letters(&self.engine, lease, side, keep, most).await
+    }
+
+    async fn standings(&self) -> Result<Standings> {
+        status::standings(&self.engine).await
     }
 
     async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {
