@@ -85,7 +85,10 @@ pub(crate) fn plain(text: &str, most: usize) -> String {
         match c {
             c if c.is_control() => shown.extend(c.escape_default()),
             // Marks that turn the direction of writing, or that nobody sees.
-            '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}' => {
+            '\u{200b}'..='\u{200f}'
+            | '\u{202a}'..='\u{202e}'
+            | '\u{2066}'..='\u{2069}'
+            | '\u{feff}' => {
                 shown.extend(c.escape_unicode());
             }
             c => shown.push(c),
@@ -118,21 +121,30 @@ mod tests {
 
     #[test]
     fn columns_are_as_wide_as_they_must_be() {
-        let rows = vec![vec!["a".into(), "bcd".into()], vec!["efghi".into(), String::new()]];
+        let rows = vec![
+            vec!["a".into(), "bcd".into()],
+            vec!["efghi".into(), String::new()],
+        ];
         let shown = table(2, &["one", "two"], &rows);
         assert_eq!(shown, "  one    two\n  a      bcd\n  efghi\n");
     }
 
     #[test]
     fn a_terminal_gets_no_commands_of_others() {
-        assert_eq!(plain("a\x1b[2Jb\nc\u{202e}d", 99), "a\\u{1b}[2Jb\\nc\\u{202e}d");
+        assert_eq!(
+            plain("a\x1b[2Jb\nc\u{202e}d", 99),
+            "a\\u{1b}[2Jb\\nc\\u{202e}d"
+        );
         assert_eq!(plain("abcdef", 3), "abc…");
         assert_eq!(plain("abc", 3), "abc");
     }
 
     #[test]
     fn every_time_can_be_shown() {
-        assert_eq!(rfc3339(SystemTime::UNIX_EPOCH), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(
+            rfc3339(SystemTime::UNIX_EPOCH),
+            "1970-01-01T00:00:00.000000Z"
+        );
         let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
         assert_eq!(rfc3339(far), "9999-12-31T23:59:59.000000Z");
         assert_eq!(lasting(Duration::from_micros(61_500_000)), "1m 1s");

@@ -68,11 +68,7 @@ impl By {
 }
 
 /// A name that this database does not know.
-pub(crate) fn unknown<'n>(
-    what: &str,
-    name: &str,
-    known: impl Iterator<Item = &'n str>,
-) -> Failure {
+pub(crate) fn unknown<'n>(what: &str, name: &str, known: impl Iterator<Item = &'n str>) -> Failure {
     let known: Vec<&str> = known.collect();
     let expected = match known.as_slice() {
         [] => format!("this database knows no {what} yet"),

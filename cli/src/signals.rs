@@ -17,7 +17,10 @@ pub(crate) fn stop() -> std::io::Result<CancellationToken> {
                 _ = interrupt.recv() => "SIGINT",
             };
             if first {
-                tracing::info!(signal = name, "stopping: finishing what is in flight; a second signal stops at once");
+                tracing::info!(
+                    signal = name,
+                    "stopping: finishing what is in flight; a second signal stops at once"
+                );
                 stopped.cancel();
             } else {
                 tracing::warn!(signal = name, "stopped at once");

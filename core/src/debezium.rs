@@ -130,7 +130,10 @@ impl DebeziumTable {
     /// [`Kind::Invalid`] for a schema of the engine's that [`Database::in_schema`] refuses.
     pub fn script(&self, engine: &str) -> Result<String> {
         crate::connection::check_identifier(engine)?;
-        let (before, after) = self.topic.split_once(AGGREGATE).unwrap_or((&self.topic, ""));
+        let (before, after) = self
+            .topic
+            .split_once(AGGREGATE)
+            .unwrap_or((&self.topic, ""));
         let aggregate = if self.topic.contains(AGGREGATE) {
             format!(
                 "substr(o.topic, {}, length(o.topic) - {})",
@@ -195,13 +198,29 @@ mod tests {
             let error = DebeziumTable::named(name).expect_err(name);
             assert_eq!(error.kind(), Kind::Invalid);
         }
-        for topic in ["", "a..b", "a b", "a'b", "{aggregatetype}{aggregatetype}", "{type}", "a."] {
+        for topic in [
+            "",
+            "a..b",
+            "a b",
+            "a'b",
+            "{aggregatetype}{aggregatetype}",
+            "{type}",
+            "a.",
+        ] {
             let error = DebeziumTable::default().topic(topic).expect_err(topic);
             assert_eq!(error.kind(), Kind::Invalid);
         }
-        for topic in ["a", "{aggregatetype}", "a.{aggregatetype}", "a.{aggregatetype}.b"] {
+        for topic in [
+            "a",
+            "{aggregatetype}",
+            "a.{aggregatetype}",
+            "a.{aggregatetype}.b",
+        ] {
             let script = DebeziumTable::default().topic(topic).expect(topic);
-            assert!(!script.script("pillarbox").expect(topic).contains('@'), "{topic}");
+            assert!(
+                !script.script("pillarbox").expect(topic).contains('@'),
+                "{topic}"
+            );
         }
     }
 }

@@ -17,7 +17,12 @@ pub(crate) struct Completions {
 impl Completions {
     pub(crate) fn run(self) -> Result<()> {
         let mut script = Vec::new();
-        clap_complete::generate(self.shell, &mut Arguments::command(), "pillarbox", &mut script);
+        clap_complete::generate(
+            self.shell,
+            &mut Arguments::command(),
+            "pillarbox",
+            &mut script,
+        );
         answer::write(&String::from_utf8_lossy(&script))
     }
 }

@@ -38,13 +38,28 @@ pub(crate) struct Migrate {
     #[arg(long, value_name = "SHAPE")]
     compat: Option<Compat>,
     /// The view's name
-    #[arg(long, value_name = "[SCHEMA.]NAME", requires = "compat", default_value = "public.outboxevent")]
+    #[arg(
+        long,
+        value_name = "[SCHEMA.]NAME",
+        requires = "compat",
+        default_value = "public.outboxevent"
+    )]
     compat_table: String,
     /// The topic of its events; {aggregatetype} stands for the column
-    #[arg(long, value_name = "TOPIC", requires = "compat", default_value = "outbox.event.{aggregatetype}")]
+    #[arg(
+        long,
+        value_name = "TOPIC",
+        requires = "compat",
+        default_value = "outbox.event.{aggregatetype}"
+    )]
     compat_topic: String,
     /// The type of its column `payload`
-    #[arg(long, value_name = "TYPE", requires = "compat", default_value = "jsonb")]
+    #[arg(
+        long,
+        value_name = "TYPE",
+        requires = "compat",
+        default_value = "jsonb"
+    )]
     compat_payload: CompatPayload,
 }
 
@@ -81,7 +96,8 @@ impl Migrate {
             "schema": made.schema, "version": made.version, "partitions": made.partitions, "compat": name,
         });
         self.place.answer().give(&shape, || {
-            let compat = name.map(|n| format!("\nthe view {n} takes what Debezium's outbox table took"));
+            let compat =
+                name.map(|n| format!("\nthe view {n} takes what Debezium's outbox table took"));
             format!(
                 "schema {} is complete: version {}, {} partitions{}",
                 made.schema,
@@ -132,4 +148,3 @@ fn partitions(text: &str) -> Result<u16, String> {
     let good = found.filter(|n| n.is_power_of_two() && *n <= 64);
     good.ok_or_else(|| "expected a power of two from 1 to 64: 1, 2, 4, 8, 16, 32 or 64".to_owned())
 }
-

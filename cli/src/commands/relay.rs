@@ -56,9 +56,9 @@ impl Relay {
 
     fn ended(&self) -> Result<()> {
         let ended = json!({ "ended": "stopped" });
-        self.place
-            .answer()
-            .give(&ended, || "the relay has stopped and handed over".to_owned())
+        self.place.answer().give(&ended, || {
+            "the relay has stopped and handed over".to_owned()
+        })
     }
 }
 

@@ -47,7 +47,10 @@ impl Status {
         let late = status.destinations.iter().filter(|d| d.lag() > most);
         late.map(|d| {
             let (lag, most) = (lasting(d.lag()), lasting(most));
-            format!("destination {}: the oldest event has waited for {lag}, more than {most}", d.name)
+            format!(
+                "destination {}: the oldest event has waited for {lag}, more than {most}",
+                d.name
+            )
         })
         .collect()
     }
@@ -72,7 +75,15 @@ fn text(status: &admin::Status) -> String {
             exceptions(&destination.exceptions)
         );
         let rows: Vec<_> = destination.partitions.iter().map(partition).collect();
-        let heads = ["partition", "owner", "lease", "epoch", "settled", "lag", "behind"];
+        let heads = [
+            "partition",
+            "owner",
+            "lease",
+            "epoch",
+            "settled",
+            "lag",
+            "behind",
+        ];
         text.push_str(&table(2, &heads, &rows));
     }
     for group in &status.groups {
@@ -92,7 +103,11 @@ fn text(status: &admin::Status) -> String {
 fn exceptions(e: &Exceptions) -> String {
     let mut text = format!(", {} dead letters, {} deferred", e.dead_letters, e.deferred);
     if e.deferred > 0 {
-        let _ = write!(text, " (longest line {}, {} parked)", e.longest_line, e.parked);
+        let _ = write!(
+            text,
+            " (longest line {}, {} parked)",
+            e.longest_line, e.parked
+        );
     }
     if e.scheduled > 0 {
         let _ = write!(text, ", {} scheduled", e.scheduled);
@@ -110,7 +125,11 @@ fn owner(owner: Option<&Owner>) -> [String; 2] {
 fn partition(p: &admin::PartitionStatus) -> Vec<String> {
     let [owner, lease] = owner(p.owner.as_ref());
     let number = p.partition.to_string();
-    let (epoch, settled, behind) = (p.epoch.to_string(), p.settled.to_string(), p.behind.to_string());
+    let (epoch, settled, behind) = (
+        p.epoch.to_string(),
+        p.settled.to_string(),
+        p.behind.to_string(),
+    );
     vec![number, owner, lease, epoch, settled, lasting(p.lag), behind]
 }
 
@@ -118,5 +137,12 @@ fn source(s: &admin::SourceStatus) -> Vec<String> {
     let [owner, lease] = owner(s.owner.as_ref());
     let name = format!("{} {}", plain(&s.transport, 20), plain(&s.name, 120));
     let position = s.position.map_or_else(|| "-".to_owned(), |p| p.to_string());
-    vec![name, s.partition.to_string(), owner, lease, s.epoch.to_string(), position]
+    vec![
+        name,
+        s.partition.to_string(),
+        owner,
+        lease,
+        s.epoch.to_string(),
+        position,
+    ]
 }

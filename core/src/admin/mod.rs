@@ -301,6 +301,7 @@ impl Admin {
             done.ended = Ended::Waiting;
             return Ok(false);
         }
+        let is_cut = some.len() > left;
         let some = &some[..some.len().min(left)];
         let readable = some.iter().filter(|l| !(run.retry && l.unreadable));
         let ids: Vec<LineId> = readable.map(|l| l.id.line_id()).collect();
@@ -312,6 +313,10 @@ impl Admin {
         };
         if let Some(watcher) = &self.watcher {
             watcher(done);
+        }
+        if is_cut {
+            done.ended = Ended::Most;
+            return Ok(false);
         }
         tokio::time::sleep(pace.wait(ids.len())).await;
         Ok(true)

@@ -20,8 +20,8 @@ use crate::{
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     store::{
-        Cleaned, Due, Gate, Letters, SCHEMA_VERSION, Slice, Standing, Standings, Store, Trimmed, Unit,
-        Waiting,
+        Cleaned, Due, Gate, Letters, SCHEMA_VERSION, Slice, Standing, Standings, Store, Trimmed,
+        Unit, Waiting,
     },
 };
 

@@ -14,8 +14,8 @@ use pillarbox_transport::Message;
 
 use crate::{
     admin::{
-        DestinationStatus, DryRun, DutyStatus, Exceptions, Filter, GroupStatus, Installation, Letter,
-        LetterId, PartitionStatus, Shown, SourceStatus,
+        DestinationStatus, DryRun, DutyStatus, Exceptions, Filter, GroupStatus, Installation,
+        Letter, LetterId, PartitionStatus, Shown, SourceStatus,
     },
     backpressure::Backlog,
     connection::{Connection, Pool},
@@ -228,7 +228,10 @@ impl Standings {
     }
 
     pub(crate) fn scope(&mut self, side: Side, scope: &str) {
-        let known = self.scopes.iter().any(|(s, name)| *s == side && name == scope);
+        let known = self
+            .scopes
+            .iter()
+            .any(|(s, name)| *s == side && name == scope);
         if !known {
             self.scopes.push((side, scope.to_owned()));
         }
@@ -242,7 +245,9 @@ impl Standings {
     }
 
     fn destination(&mut self, name: &str) -> &mut DestinationStatus {
-        let at = self.destinations.partition_point(|d| d.name.as_str() < name);
+        let at = self
+            .destinations
+            .partition_point(|d| d.name.as_str() < name);
         if self.destinations.get(at).is_none_or(|d| d.name != name) {
             let new = DestinationStatus {
                 name: name.to_owned(),

@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use pillarbox::{
     Admin,
-    admin::{Done, DryRun, Ended, Filter, Page, Pace},
+    admin::{Done, DryRun, Ended, Filter, Pace, Page},
 };
 use serde_json::json;
 
@@ -97,7 +97,9 @@ impl Bulk {
         let parked = admin.parked(&filter, &page).await?.len() as u64;
         if self.dry_run {
             let shape = shape::DryRun::new(&found, parked);
-            place.answer().give(&shape, || would(&found, parked, change))?;
+            place
+                .answer()
+                .give(&shape, || would(&found, parked, change))?;
         }
         if found.letters + parked == 0 {
             let text = "no dead letter matches; `pillarbox dead-letters list` shows what there is";
@@ -130,7 +132,9 @@ impl Bulk {
             let found = admin.dry_run(&filter).await?;
             let parked = 1_u64.saturating_sub(found.letters);
             let shape = shape::DryRun::new(&found, parked);
-            return place.answer().give(&shape, || would(&found, parked, change));
+            return place
+                .answer()
+                .give(&shape, || would(&found, parked, change));
         }
         let why = &self.by.why;
         let done = match change {
@@ -191,9 +195,7 @@ impl Bulk {
         match ended {
             Some(Ok(done)) => tell(place, change, &done, word(done.ended)),
             // The answer says how far it came; the error why not farther.
-            Some(Err(e)) => {
-                tell(place, change, &stopped, "failed").and_then(|()| Err(e.into()))
-            }
+            Some(Err(e)) => tell(place, change, &stopped, "failed").and_then(|()| Err(e.into())),
             None => tell(place, change, &stopped, "stopped"),
         }
     }
@@ -203,7 +205,9 @@ fn tell(place: &Place, change: Change, done: &Done, ended: &str) -> Result<()> {
     let shape = json!({ change.done(): done.done, "unreadable": done.unreadable, "ended": ended });
     let rest = match ended {
         "most" => "; there are more: --most was reached",
-        "waiting" => "; there are more, but too many wait to be tried: go on when `status` shows fewer deferred",
+        "waiting" => {
+            "; there are more, but too many wait to be tried: go on when `status` shows fewer deferred"
+        }
         "stopped" => "; stopped by a signal, the rest is as it was",
         "failed" => "; then it failed, and the rest is as it was",
         _ => "",
@@ -213,13 +217,18 @@ fn tell(place: &Place, change: Change, done: &Done, ended: &str) -> Result<()> {
             0 => String::new(),
             n => format!("; {n} cannot be read as they were written and were left alone"),
         };
-        format!("{} {} dead letters{unreadable}{rest}", change.done(), done.done)
+        format!(
+            "{} {} dead letters{unreadable}{rest}",
+            change.done(),
+            done.done
+        )
     })?;
     match ended {
         "waiting" | "stopped" => Err(Failure::Finding(format!("not all was done{rest}"))),
-        _ if done.unreadable > 0 => {
-            Err(Failure::Finding(format!("{} dead letters cannot be retried", done.unreadable)))
-        }
+        _ if done.unreadable > 0 => Err(Failure::Finding(format!(
+            "{} dead letters cannot be retried",
+            done.unreadable
+        ))),
         _ => Ok(()),
     }
 }
@@ -242,14 +251,21 @@ fn would(found: &DryRun, parked: u64, change: Change) -> String {
         found.keyless
     );
     if parked > 0 {
-        text.push_str(&format!(", and {parked} parked events, whose keys then go on"));
+        text.push_str(&format!(
+            ", and {parked} parked events, whose keys then go on"
+        ));
     }
     if found.maybe_sent > 0 {
-        text.push_str(&format!("; the broker may have {} of them already", found.maybe_sent));
+        text.push_str(&format!(
+            "; the broker may have {} of them already",
+            found.maybe_sent
+        ));
     }
     match (found.newer, change) {
         (Some(newer), Change::Retry { .. }) if newer > 0 => {
-            text.push_str(&format!("; {newer} newer events of these keys were sent before them"));
+            text.push_str(&format!(
+                "; {newer} newer events of these keys were sent before them"
+            ));
         }
         _ => {}
     }

@@ -66,7 +66,9 @@ fn text(letters: &[admin::Letter], next: Option<i64>) -> String {
     if letters.is_empty() {
         return "none".to_owned();
     }
-    let heads = ["number", "id", "by", "type", "key", "attempts", "given up", "reason"];
+    let heads = [
+        "number", "id", "by", "type", "key", "attempts", "given up", "reason",
+    ];
     let now = SystemTime::now();
     let row = |l: &admin::Letter| {
         let ago = now.duration_since(l.last_failure).unwrap_or_default();
@@ -75,7 +77,9 @@ fn text(letters: &[admin::Letter], next: Option<i64>) -> String {
             plain(&l.id.id, 60),
             format!("{} {}", l.id.side.as_str(), plain(&l.id.scope, 40)),
             plain(&l.kind, 60),
-            l.key.as_deref().map_or_else(|| "-".to_owned(), |k| plain(k, 40)),
+            l.key
+                .as_deref()
+                .map_or_else(|| "-".to_owned(), |k| plain(k, 40)),
             l.attempts.to_string(),
             format!("{} ago", lasting(ago)),
             plain(&l.reason, 100),

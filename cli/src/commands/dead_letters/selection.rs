@@ -93,7 +93,11 @@ impl Selection {
         match (found.pop(), found.as_slice()) {
             (Some(letter), []) => Ok(letter),
             (Some(last), others) => {
-                let places: Vec<String> = others.iter().chain([&last]).map(|l| l.id.to_string()).collect();
+                let places: Vec<String> = others
+                    .iter()
+                    .chain([&last])
+                    .map(|l| l.id.to_string())
+                    .collect();
                 Err(Failure::Usage(format!(
                     "the event {id} was given up in several places: {}; name one by --destination or --group",
                     places.join("; ")
@@ -126,12 +130,19 @@ mod tests {
 
     #[test]
     fn a_time_is_a_point_or_an_age() {
-        let at = |text| time(text).map(|t| t.duration_since(SystemTime::UNIX_EPOCH).map(|d| d.as_secs()));
-        assert_eq!(at("1970-01-02T00:00:00Z"), Ok(Ok(86_400)));
-        assert_eq!(at("1970-01-02 00:00:01"), Ok(Ok(86_401)));
-        let ago = SystemTime::now().duration_since(time("1h").expect("an age"));
+        let at = |seconds| Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
+        assert_eq!(time("1970-01-02T00:00:00Z"), at(86_400));
+        assert_eq!(time("1970-01-02 00:00:01"), at(86_401));
+        let then = time("1h").expect("an age");
+        let ago = SystemTime::now().duration_since(then);
         assert!(ago.expect("the past") >= Duration::from_secs(3_600));
-        for wrong in ["", "yesterday", "1970-13-01T00:00:00Z", "-1h", "9999999999999999y"] {
+        for wrong in [
+            "",
+            "yesterday",
+            "1970-13-01T00:00:00Z",
+            "-1h",
+            "9999999999999999y",
+        ] {
             assert!(time(wrong).is_err(), "{wrong}");
         }
     }

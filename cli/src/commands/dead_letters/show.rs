@@ -48,17 +48,32 @@ fn text(shown: &admin::Shown) -> String {
     };
     line("id", &plain(&l.id.id, 512));
     line("source", &plain(&l.id.source, 512));
-    line("given up by", &format!("{} {}", l.id.side.as_str(), plain(&l.id.scope, 256)));
+    line(
+        "given up by",
+        &format!("{} {}", l.id.side.as_str(), plain(&l.id.scope, 256)),
+    );
     line("reason", &plain(&l.reason, 4_000));
     line("attempts", &l.attempts.to_string());
     line("first failure", &rfc3339(l.first_failure));
     line("last failure", &rfc3339(l.last_failure));
     line("topic", &plain(&l.topic, 256));
     line("type", &plain(&l.kind, 256));
-    line("key", &l.key.as_deref().map_or_else(|| "none".to_owned(), |k| plain(k, 1_024)));
+    line(
+        "key",
+        &l.key
+            .as_deref()
+            .map_or_else(|| "none".to_owned(), |k| plain(k, 1_024)),
+    );
     line("enqueued", &rfc3339(l.time));
     line("position", &l.position.to_string());
-    line("maybe sent", if l.maybe_sent { "yes: the answer to an attempt was lost" } else { "no" });
+    line(
+        "maybe sent",
+        if l.maybe_sent {
+            "yes: the answer to an attempt was lost"
+        } else {
+            "no"
+        },
+    );
     line("retried", &l.retried.to_string());
     if l.unreadable {
         line("unreadable", "it can be discarded, but not retried");
@@ -80,6 +95,9 @@ fn text(shown: &admin::Shown) -> String {
 
 fn map(line: &mut impl FnMut(&str, &str), what: &str, map: &BTreeMap<String, String>) {
     for (name, value) in map {
-        line(what, &format!("{} = {}", plain(name, 256), plain(value, 1_024)));
+        line(
+            what,
+            &format!("{} = {}", plain(name, 256), plain(value, 1_024)),
+        );
     }
 }

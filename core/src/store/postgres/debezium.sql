@@ -10,6 +10,12 @@ END IF;
 -- Only for another type of the payload: what was granted on the view goes with it.
 IF (SELECT a.atttypid <> '@payload@'::regtype FROM pg_attribute a WHERE a.attrelid = there AND a.attname = 'payload') THEN
   DROP VIEW "@view_schema@"."@view@";
+  there := NULL;
+END IF;
+IF there IS NOT NULL THEN
+  DROP TRIGGER enqueue ON "@view_schema@"."@view@";
+  DROP TRIGGER forget ON "@view_schema@"."@view@";
+  DROP TRIGGER refuse ON "@view_schema@"."@view@";
 END IF;
 
 -- Rights on the view are enough: the function writes with those of its owner, and nothing but the contract's columns.
@@ -60,13 +66,10 @@ CREATE OR REPLACE VIEW "@view_schema@"."@view@" AS
 ALTER VIEW "@view_schema@"."@view@" ALTER COLUMN id SET DEFAULT gen_random_uuid();
 COMMENT ON VIEW "@view_schema@"."@view@" IS
   '@ours@Debezium''s outbox table. A row that is inserted becomes an event of the topic @topic@; the view shows those of the own transaction alone, without payloads.';
-DROP TRIGGER IF EXISTS enqueue ON "@view_schema@"."@view@";
 CREATE TRIGGER enqueue INSTEAD OF INSERT ON "@view_schema@"."@view@"
   FOR EACH ROW EXECUTE FUNCTION "@engine@".debezium_insert('@topic@', '@payload@');
-DROP TRIGGER IF EXISTS forget ON "@view_schema@"."@view@";
 CREATE TRIGGER forget INSTEAD OF DELETE ON "@view_schema@"."@view@"
   FOR EACH ROW EXECUTE FUNCTION "@engine@".debezium_delete();
-DROP TRIGGER IF EXISTS refuse ON "@view_schema@"."@view@";
 CREATE TRIGGER refuse INSTEAD OF UPDATE ON "@view_schema@"."@view@"
   FOR EACH ROW EXECUTE FUNCTION "@engine@".debezium_update();
 END $pillarbox$;

@@ -84,7 +84,9 @@ impl Statements {
 impl Inner {
     pub(super) async fn standings(&self) -> Result<Standings> {
         let statements = &self.status;
-        let clock = self.rows(&statements.clock, |r| row::time(r, "now")).await?;
+        let clock = self
+            .rows(&statements.clock, |r| row::time(r, "now"))
+            .await?;
         let now = clock.into_iter().next().unwrap_or(std::time::UNIX_EPOCH);
         let mut standings = Standings::new(now);
         for (destination, one) in self.rows(&statements.partitions, partition).await? {

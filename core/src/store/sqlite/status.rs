@@ -33,10 +33,8 @@ const PARTITIONS: &str = "SELECT destination, partition, epoch, {held}, last AS 
      FROM {p}cursor ORDER BY destination, partition";
 const SOURCES: &str = "SELECT grp, transport, cluster, name, partition, epoch, position, {held} \
      FROM {p}source_cursor ORDER BY grp, transport, cluster, name, partition";
-const DUTIES: &str =
-    "SELECT kind, scope, shard, {held} FROM {p}lease ORDER BY kind, scope, shard";
-const SCOPES: &str =
-    "SELECT DISTINCT side, scope FROM {p}dead_letter UNION SELECT DISTINCT side, scope FROM {p}deferred";
+const DUTIES: &str = "SELECT kind, scope, shard, {held} FROM {p}lease ORDER BY kind, scope, shard";
+const SCOPES: &str = "SELECT DISTINCT side, scope FROM {p}dead_letter UNION SELECT DISTINCT side, scope FROM {p}deferred";
 
 pub(super) async fn standings(engine: &Engine) -> Result<Standings> {
     let clock = rows(engine, "SELECT {now} AS now", |r| r.try_get("now")).await?;
