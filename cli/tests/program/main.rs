@@ -2,6 +2,7 @@
 // The bodies stand outside the test functions, where clippy does not know them for tests.
 #![allow(clippy::unwrap_used)]
 
+mod any_language;
 mod arguments;
 mod dead_letters;
 mod debezium;

@@ -118,8 +118,13 @@ pub(crate) async fn finish(mut command: Command) -> Ran {
 
 /// Waits for its end.
 pub(crate) async fn ended(child: Child) -> Ran {
-    let output = tokio::time::timeout(PATIENCE, child.wait_with_output());
-    let output = output.await.expect("it ends within a minute").unwrap();
+    ended_within(PATIENCE, child).await
+}
+
+/// Waits for the end of something that fetches or builds.
+pub(crate) async fn ended_within(patience: Duration, child: Child) -> Ran {
+    let output = tokio::time::timeout(patience, child.wait_with_output());
+    let output = output.await.expect("it ends in time").unwrap();
     Ran {
         code: output.status.code().unwrap_or(-1),
         out: String::from_utf8_lossy(&output.stdout).into_owned(),

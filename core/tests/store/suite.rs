@@ -32,6 +32,7 @@ pub(crate) mod log;
 pub(crate) mod retention;
 pub(crate) mod schedule;
 pub(crate) mod schema;
+pub(crate) mod status;
 pub(crate) mod texts;
 
 /// An empty database of one test's own, and an independent raw client on it.
@@ -336,6 +337,9 @@ macro_rules! exercise {
             backpressure::the_backlog_is_what_is_not_settled,
             backpressure::an_outbox_refuses_beyond_what_it_was_told,
             retention::a_log_under_load_does_not_grow,
+            status::owners_and_lag_are_what_leases_and_cursors_say,
+            status::what_waits_and_was_given_up_is_counted_where_it_is,
+            status::a_status_needs_a_schema_that_is_complete,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,

@@ -1,5 +1,5 @@
 use std::{
-    io::{BufRead as _, IsTerminal as _, Write as _, stderr, stdin},
+    io::{IsTerminal as _, stderr},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -18,7 +18,7 @@ use serde_json::json;
 use super::selection::Selection;
 use crate::{
     failure::{Failure, Result},
-    place::{By, Place},
+    place::{By, Place, confirm},
     shape, signals,
 };
 
@@ -270,22 +270,6 @@ fn would(found: &DryRun, parked: u64, change: Change) -> String {
         _ => {}
     }
     text
-}
-
-/// Asks at the terminal. Without one, nobody can answer.
-fn confirm(what: &str) -> Result<()> {
-    if !stdin().is_terminal() {
-        let text = format!("{what}; without a terminal to ask at, say --yes");
-        return Err(Failure::Usage(text));
-    }
-    write!(stderr(), "{what}. Go on? [y/N] ")?;
-    stderr().flush()?;
-    let mut answer = String::new();
-    stdin().lock().read_line(&mut answer)?;
-    match answer.trim() {
-        "y" | "Y" | "yes" => Ok(()),
-        _ => Err(Failure::Finding("nothing was changed".to_owned())),
-    }
 }
 
 /// On stderr, where that is a terminal.

@@ -1,7 +1,6 @@
 use std::time::SystemTime;
 
 use clap::Args;
-use humantime_serde::re::humantime;
 use pillarbox::{
     Admin,
     admin::{Filter, Letter, Page, Side},
@@ -9,7 +8,7 @@ use pillarbox::{
 
 use crate::{
     failure::{Failure, Result},
-    place::unknown,
+    place::{time, unknown},
 };
 
 /// Which dead letters: those that satisfy all that is given.
@@ -107,43 +106,6 @@ impl Selection {
                 "there is no dead letter of the event {id:?}: it may have been retried or discarded; \
                  `pillarbox dead-letters list` shows what there is"
             ))),
-        }
-    }
-}
-
-/// A point of time, or how long ago it was.
-fn time(text: &str) -> Result<SystemTime, String> {
-    if let Ok(ago) = humantime::parse_duration(text) {
-        let then = SystemTime::now().checked_sub(ago);
-        return then.ok_or_else(|| "that is before all times".to_owned());
-    }
-    humantime::parse_rfc3339_weak(text).map_err(|_| {
-        "expected a time in UTC, as in 2026-11-24T12:00:00Z, or how long ago, as in 90m".to_owned()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn a_time_is_a_point_or_an_age() {
-        let at = |seconds| Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
-        assert_eq!(time("1970-01-02T00:00:00Z"), at(86_400));
-        assert_eq!(time("1970-01-02 00:00:01"), at(86_401));
-        let then = time("1h").expect("an age");
-        let ago = SystemTime::now().duration_since(then);
-        assert!(ago.expect("the past") >= Duration::from_secs(3_600));
-        for wrong in [
-            "",
-            "yesterday",
-            "1970-13-01T00:00:00Z",
-            "-1h",
-            "9999999999999999y",
-        ] {
-            assert!(time(wrong).is_err(), "{wrong}");
         }
     }
 }
