@@ -72,7 +72,7 @@ async fn what_is_printed_makes_what_migrate_makes() {
         assert_same(&wanted, &catalog(&printed).await);
     }
     let first = include_str!("../../../core/src/store/postgres/schema.sql")
-        .replace("@schema@", "pillarbox")
+        .replace("@schema@", "\"pillarbox\"")
         .replace("@mask@", "7");
     let ran = psql(&old, &format!("CREATE SCHEMA pillarbox; {first}")).await;
     assert_eq!((ran.code, ran.err.as_str()), (0, ""));
