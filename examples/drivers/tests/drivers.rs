@@ -44,7 +44,7 @@ async fn enqueues(program: &str) {
     })
     .await;
     relay.shutdown().await.unwrap();
-    let arrived = Client::connect(amqp).await.take("tap").await;
+    let arrived = Client::connect(amqp).await.drain("tap").await;
     let [event] = &arrived[..] else {
         panic!("{arrived:?}")
     };
