@@ -399,7 +399,7 @@ async fn what_no_broker_may_see_is_refused_or_given_up_with_its_reason() {
         ),
         ("an attribute of no such name", "\"Bad\""),
         ("an attribute of a column", "\"id\""),
-        ("a negative version", "dataversion"),
+        ("a negative version", "the version is -1"),
         (&"k".repeat(1025), "the key has 1025 bytes"),
         ("k\n", "control character"),
         ("by the function", "the type \"a..b.\""),

@@ -344,6 +344,7 @@ macro_rules! exercise {
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,
             texts::a_long_reason_is_cut,
+            texts::a_version_below_zero_is_a_defect,
         }
     };
 }
