@@ -21,7 +21,7 @@ pub(crate) async fn owners_and_lag_are_what_leases_and_cursors_say(bench: &dyn B
     let status = admin.status().await.unwrap();
     assert_eq!(status.installation.version, SCHEMA_VERSION.unsigned_abs());
     assert!(status.installation.is_complete());
-    assert_eq!((status.groups.len(), status.duties.len()), (0, 0));
+    assert_eq!(status.groups, []);
     let [main] = &status.destinations[..] else {
         panic!("{status:?}")
     };
@@ -66,8 +66,9 @@ pub(crate) async fn owners_and_lag_are_what_leases_and_cursors_say(bench: &dyn B
     let read = &orders.sources[0];
     assert_eq!(read.owner.as_ref().unwrap().id, source.owner.to_string());
     assert_eq!((read.transport.as_str(), read.position), ("memory", None));
-    let duty = &status.duties[0];
-    assert_eq!((duty.kind.as_str(), duty.scope.as_str()), ("pump", GROUP));
+    // Beside the cleaner's.
+    let duty = status.duties.iter().find(|d| d.kind == "pump").unwrap();
+    assert_eq!(duty.scope, GROUP);
     assert_eq!(duty.owner.as_ref().unwrap().id, pump.owner.to_string());
 }
 
@@ -79,6 +80,7 @@ pub(crate) async fn what_waits_and_was_given_up_is_counted_where_it_is(bench: &d
     let lease = acquire(&**store, &relay()).await.lease;
     let mut rows: Vec<_> = events[..3].iter().map(deferral).collect();
     rows[0].hold = Hold::Parked;
+    (rows[0].attempts, rows[0].reason) = (4, Some("no queue".to_owned()));
     store.defer(&lease, &rows).await.unwrap();
     store.bury(&lease, &[letter(&events[3])]).await.unwrap();
     // Of a group that reads nothing any more.
