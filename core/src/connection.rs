@@ -153,14 +153,37 @@ pub async fn migrate(database: impl Into<Database>) -> Result<()> {
 /// # Errors
 /// As [`migrate`]; [`Kind::Invalid`] for another number.
 pub async fn migrate_with(database: impl Into<Database>, partitions: u16) -> Result<()> {
-    if !partitions.is_power_of_two() || partitions > 64 {
-        let text = format!("{partitions} partitions; a power of two from 1 to 64 is expected");
-        return Err(Error::new(Kind::Invalid, "migrate", text));
-    }
+    check_partitions(partitions)?;
     database.into().store.migrate(partitions).await
 }
 
-fn check_identifier(name: &str) -> Result<()> {
+/// [`migrate_with`] as SQL for PostgreSQL, for teams whose database administrators run it: one statement, for any client, that
+/// makes the tables in this schema or completes those of an older version, and changes nothing the next time.
+///
+/// ```
+/// let script = pillarbox_core::migration_script("pillarbox", 4)?;
+/// assert!(script.contains("CREATE TABLE"));
+/// # Ok::<(), pillarbox_core::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Kind::Invalid`] for a name that [`Database::in_schema`] refuses, or another number than [`migrate_with`] takes.
+#[cfg(feature = "postgres")]
+pub fn migration_script(schema: &str, partitions: u16) -> Result<String> {
+    check_identifier(schema)?;
+    check_partitions(partitions)?;
+    Ok(crate::store::postgres::script(schema, partitions))
+}
+
+fn check_partitions(partitions: u16) -> Result<()> {
+    if partitions.is_power_of_two() && partitions <= 64 {
+        return Ok(());
+    }
+    let text = format!("{partitions} partitions; a power of two from 1 to 64 is expected");
+    Err(Error::new(Kind::Invalid, "migrate", text))
+}
+
+pub(crate) fn check_identifier(name: &str) -> Result<()> {
     let first = name
         .bytes()
         .next()

@@ -11,6 +11,8 @@ pub mod config;
 pub mod connection;
 pub mod consumer;
 pub mod cursor;
+#[cfg(feature = "postgres")]
+pub mod debezium;
 mod destination;
 pub mod error;
 mod event;
@@ -35,6 +37,8 @@ pub use admin::Admin;
 pub use backpressure::Backlog;
 pub use breaker::BreakerState;
 pub use config::{Config, Settings};
+#[cfg(feature = "postgres")]
+pub use connection::migration_script;
 pub use connection::{Connection, Database, Pool, migrate, migrate_with};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
 pub use destination::{Reanchored, Start};

@@ -118,6 +118,8 @@ pub struct Filter {
     pub key: Option<String>,
     /// The type.
     pub kind: Option<String>,
+    /// The event's id. The same id may have been given up in several places.
+    pub id: Option<String>,
     /// A part of the reason, as it is written there.
     pub reason: Option<String>,
     /// Given up at this time or later.

@@ -7,6 +7,7 @@ mod destinations;
 mod letters;
 mod pauses;
 pub(crate) mod replay;
+mod status;
 
 use std::{collections::HashSet, fmt, sync::Arc};
 
@@ -17,6 +18,10 @@ pub use destinations::{Destination, DestinationCursor, Removed};
 pub(crate) use destinations::{may_be_abandoned, tell};
 pub use letters::{Done, DryRun, Ended, Filter, Letter, LetterId, Pace, Page, Shown};
 pub use replay::{Gone, Replay, ReplayPlan, ReplayRequest, Selection};
+pub use status::{
+    DestinationStatus, DutyStatus, Exceptions, GroupStatus, Installation, Owner, PartitionStatus,
+    SourceStatus, Status,
+};
 
 use crate::{
     connection::Database,
@@ -54,7 +59,11 @@ const KEYS: usize = 100;
 pub struct Admin {
     store: Arc<dyn Store>,
     operator: Arc<str>,
+    watcher: Option<Watcher>,
 }
+
+/// Is told how far a command for many letters has come.
+type Watcher = Arc<dyn Fn(&Done) + Send + Sync>;
 
 impl Admin {
     /// Commands of this operator on this database.
@@ -62,7 +71,71 @@ impl Admin {
         Self {
             store: database.into().store().clone(),
             operator: operator.into().into(),
+            watcher: None,
         }
+    }
+
+    /// With somebody who is told after each step of a command for many letters what is done by then, as for a progress bar.
+    #[must_use]
+    pub fn watched(mut self, watcher: impl Fn(&Done) + Send + Sync + 'static) -> Self {
+        self.watcher = Some(Arc::new(watcher));
+        self
+    }
+
+    /// What the schema says of itself, also one that is older than this program needs.
+    ///
+    /// # Errors
+    /// [`Kind::NotMigrated`] where there is none; [`Kind::Incompatible`] if it names this program too old; the database's.
+    pub async fn installation(&self) -> Result<Installation> {
+        self.store.installation().await
+    }
+
+    /// How everything stands: who relays and reads what, how far it has come, what waits and what was given up. Any replica
+    /// can tell, whether it owns something or not. Changes nothing.
+    ///
+    /// ```no_run
+    /// # use pillarbox_core::Admin;
+    /// # async fn f(pool: sqlx::PgPool) -> pillarbox_core::Result<()> {
+    /// for destination in Admin::new(&pool, "probe").status().await?.destinations {
+    ///     println!("{}: {:?} behind", destination.name, destination.lag());
+    /// }
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Kind::NotMigrated`] for a schema that is missing or older than this program needs; the database's.
+    pub async fn status(&self) -> Result<Status> {
+        let installation = self.installation().await?;
+        // Says what is missing.
+        self.store.partitions().await?;
+        let mut seen = self.store.standings().await?;
+        for scope in std::mem::take(&mut seen.scopes) {
+            let exceptions = self.exceptions(&scope).await?;
+            seen.put(scope, exceptions);
+        }
+        Ok(Status {
+            installation,
+            seen: seen.at,
+            destinations: seen.destinations,
+            groups: seen.groups,
+            duties: seen.duties,
+        })
+    }
+
+    async fn exceptions(&self, (side, scope): &(Side, String)) -> Result<Exceptions> {
+        let waiting = self.store.deferred(*side, scope).await?;
+        let filter = Filter {
+            side: Some(*side),
+            scope: Some(scope.clone()),
+            ..Filter::default()
+        };
+        Ok(Exceptions {
+            deferred: waiting.total,
+            parked: waiting.parked,
+            longest_line: waiting.longest,
+            scheduled: waiting.scheduled,
+            dead_letters: self.store.count_letters(&filter).await?.letters,
+        })
     }
 
     /// Lists dead letters, without payloads.
@@ -236,6 +309,7 @@ impl Admin {
             done.ended = Ended::Waiting;
             return Ok(false);
         }
+        let is_cut = some.len() > left;
         let some = &some[..some.len().min(left)];
         let readable = some.iter().filter(|l| !(run.retry && l.unreadable));
         let ids: Vec<LineId> = readable.map(|l| l.id.line_id()).collect();
@@ -245,6 +319,13 @@ impl Admin {
         } else {
             self.drop_letters(side, scope, &ids, run.why).await?
         };
+        if let Some(watcher) = &self.watcher {
+            watcher(done);
+        }
+        if is_cut {
+            done.ended = Ended::Most;
+            return Ok(false);
+        }
         tokio::time::sleep(pace.wait(ids.len())).await;
         Ok(true)
     }

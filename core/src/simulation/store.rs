@@ -11,7 +11,7 @@ use super::{
     world::{Inner, World},
 };
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Shown},
+    admin::{DryRun, Filter, Installation, Letter, LetterId, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -19,7 +19,10 @@ use crate::{
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::{Cleaned, Due, Gate, Letters, Slice, Standing, Store, Trimmed, Unit, Waiting},
+    store::{
+        Cleaned, Due, Gate, Letters, SCHEMA_VERSION, Slice, Standing, Standings, Store, Trimmed,
+        Unit, Waiting,
+    },
 };
 
 /// One process's way to the database.
@@ -80,6 +83,15 @@ impl Store for ModelStore {
 
     async fn partitions(&self) -> Result<u16> {
         self.call("partitions", |w| Ok(w.plan.partitions)).await
+    }
+
+    async fn installation(&self) -> Result<Installation> {
+        Ok(Installation {
+            schema: self.schema().to_owned(),
+            version: SCHEMA_VERSION.unsigned_abs(),
+            needed: SCHEMA_VERSION.unsigned_abs(),
+            partitions: self.partitions().await?,
+        })
     }
 
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
@@ -326,6 +338,11 @@ impl Store for ModelStore {
     ) -> Result<Vec<Trimmed>> {
         Ok(Vec::new())
     }
+    /// Nobody in the model looks.
+    async fn standings(&self) -> Result<Standings> {
+        Ok(Standings::new(std::time::UNIX_EPOCH))
+    }
+
     async fn letters(&self, _letters: &Letters) -> Result<Vec<Letter>> {
         Err(not_simulated("letters"))
     }

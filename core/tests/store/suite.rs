@@ -34,6 +34,7 @@ pub(crate) mod pauses;
 pub(crate) mod retention;
 pub(crate) mod schedule;
 pub(crate) mod schema;
+pub(crate) mod status;
 pub(crate) mod texts;
 
 /// An empty database of one test's own, and an independent raw client on it.
@@ -352,10 +353,14 @@ macro_rules! exercise {
             destinations::an_abandoned_destination_is_removed_with_its_loss,
             destinations::main_is_never_abandoned,
             destinations::a_replay_says_what_it_would_send,
+            status::owners_and_lag_are_what_leases_and_cursors_say,
+            status::what_waits_and_was_given_up_is_counted_where_it_is,
+            status::a_status_needs_a_schema_that_is_complete,
             texts::the_log_keeps_every_text_and_payload,
             texts::the_waiting_room_keeps_every_text_and_payload,
             texts::dead_letters_keep_every_text_and_payload,
             texts::a_long_reason_is_cut,
+            texts::a_version_below_zero_is_a_defect,
         }
     };
 }

@@ -139,12 +139,26 @@ impl StoreSettings {
             }
             _ => return Err(self.wrong("a text that is no URL (not shown)", FORMS)),
         };
-        let database = Database::in_schema(pool.clone(), &self.schema).map_err(|_| {
-            let expected = "a lower-case letter or '_', then lower-case letters, digits or '_', 63 characters at most";
-            self.scope.wrong(&["store", "schema"], format_args!("{:?}", cut(&self.schema)), expected)
-        })?;
+        let database = Database::in_schema(pool.clone(), &self.schema);
+        let database = database.map_err(|_| self.wrong_schema())?;
         self.reach(pool).await?;
         Ok(database)
+    }
+
+    /// [`migration_script`](crate::migration_script) for this database. Connects to nothing.
+    ///
+    /// # Errors
+    /// [`Kind::Configuration`] for SQLite, and for a schema whose name is none; [`Kind::Invalid`] for another number of partitions
+    /// than [`migrate_with`](crate::migrate_with) takes.
+    #[cfg(feature = "postgres")]
+    pub fn migration_script(&self, partitions: u16) -> Result<String> {
+        let url = self.url.as_ref().map(|url| url.expose_secret());
+        if url.is_some_and(|url| url.starts_with("sqlite:")) {
+            let expected = "one of PostgreSQL: a script for SQLite would not be done as a whole or not at all; migrate without printing";
+            return Err(self.wrong("a URL of SQLite", expected));
+        }
+        crate::connection::check_identifier(&self.schema).map_err(|_| self.wrong_schema())?;
+        crate::connection::migration_script(&self.schema, partitions)
     }
 
     async fn current_url(&self) -> Result<SecretString> {
@@ -202,6 +216,12 @@ impl StoreSettings {
             #[cfg(feature = "sqlite")]
             Pool::Sqlite(pool) => sqlite::reach(self, &pool).await,
         }
+    }
+
+    fn wrong_schema(&self) -> Error {
+        let expected = "a lower-case letter or '_', then lower-case letters, digits or '_', 63 characters at most";
+        let found = format_args!("{:?}", cut(&self.schema));
+        self.scope.wrong(&["store", "schema"], found, expected)
     }
 
     /// An error about the URL.

@@ -29,11 +29,12 @@ const COLUMNS: &str = "side, scope, source, id, seq, topic, type, key, time, pos
      last_failure, maybe_sent, CASE WHEN attributes ->> '{RETRIED}' ~ '^[0-9]{1,8}$' THEN (attributes ->> '{RETRIED}')::int ELSE 0 END AS retried, \
      attributes ? '{UNREADABLE}' AS unreadable";
 
-/// $1 to $8: what a filter names.
+/// $1 to $9: what a filter names.
 const NAMED: &str = "($1::text IS NULL OR side = $1) AND ($2::text IS NULL OR scope = $2) AND ($3::text IS NULL OR topic = $3) \
      AND ($4::text IS NULL OR key = $4) AND ($5::text IS NULL OR type = $5) AND ($6::text IS NULL OR strpos(reason, $6) > 0) \
      AND ($7::bigint IS NULL OR last_failure >= timestamptz 'epoch' + $7 * interval '1 microsecond') \
-     AND ($8::bigint IS NULL OR last_failure < timestamptz 'epoch' + $8 * interval '1 microsecond')";
+     AND ($8::bigint IS NULL OR last_failure < timestamptz 'epoch' + $8 * interval '1 microsecond') \
+     AND ($9::text IS NULL OR id = $9)";
 
 /// $1 to $4: one event.
 const ONE: &str = "side = $1 AND scope = $2 AND source = $3 AND id = $4";
@@ -77,8 +78,8 @@ impl Statements {
         };
         let list = |from: &str, order: Order| {
             text(format!(
-                "SELECT {COLUMNS} FROM {from} AND {NAMED} AND seq > $9 AND seq < $10 \
-                 AND (position, seq) > ($11, $12) ORDER BY {} LIMIT $13",
+                "SELECT {COLUMNS} FROM {from} AND {NAMED} AND seq > $10 AND seq < $11 \
+                 AND (position, seq) > ($12, $13) ORDER BY {} LIMIT $14",
                 order.by()
             ))
         };
@@ -174,6 +175,7 @@ fn bind<'q>(q: Query<'q>, filter: &Filter) -> Query<'q> {
         .bind(text(&filter.reason))
         .bind(filter.since.map(row::micros))
         .bind(filter.before.map(row::micros))
+        .bind(filter.id.as_deref().map(row::named))
 }
 
 fn one<'q>(q: Query<'q>, id: &LetterId) -> Query<'q> {

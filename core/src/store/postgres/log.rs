@@ -241,6 +241,7 @@ fn logged(row: &PgRow) -> sqlx::Result<Logged> {
         bad_content_type,
         bad_attributes,
         bad_headers,
+        row::bad_version(version.into()),
     ];
     Ok(Logged {
         position: row.try_get("position")?,

@@ -15,6 +15,7 @@ mod retention;
 mod row;
 mod schedule;
 mod schema;
+mod status;
 mod unit;
 
 use std::{future::Future, sync::Arc, time::Duration};
@@ -29,10 +30,10 @@ use self::{
 };
 use super::{
     Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered, Slice,
-    Standing, Store, Trimmed, Unit, Unserved, Waiting,
+    Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
 };
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Removed, Selection, Shown},
+    admin::{DryRun, Filter, Installation, Letter, LetterId, Removed, Selection, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -43,6 +44,8 @@ use crate::{
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     pause::{NewPause, Target},
 };
+
+pub(crate) use schema::script;
 
 /// The store over a PostgreSQL pool.
 pub(crate) struct Postgres(Arc<Inner>);
@@ -56,6 +59,7 @@ struct Inner {
     failure: failure::Statements,
     letters: letters::Statements,
     schedule: schedule::Statements,
+    status: status::Statements,
     unit: unit::Statements,
     retention: retention::Statements,
     pause: pause::Statements,
@@ -75,6 +79,7 @@ impl Postgres {
             failure: failure::Statements::new(schema),
             letters: letters::Statements::new(schema),
             schedule: schedule::Statements::new(schema),
+            status: status::Statements::new(schema),
             unit: unit::Statements::new(schema),
             retention: retention::Statements::new(schema),
             pause: pause::Statements::new(schema),
@@ -120,6 +125,12 @@ impl Store for Postgres {
     async fn partitions(&self) -> Result<u16> {
         let inner = self.inner();
         let work = async move { inner.partitions().await };
+        to_its_end("look at the schema", DEADLINE, work).await
+    }
+
+    async fn installation(&self) -> Result<Installation> {
+        let inner = self.inner();
+        let work = async move { inner.installation().await };
         to_its_end("look at the schema", DEADLINE, work).await
     }
 
@@ -291,6 +302,12 @@ impl Store for Postgres {
         let (inner, lease) = (self.inner(), lease.clone());
         let work = async move { inner.trim_dead_letters(&lease, side, keep, most).await };
         to_its_end("trim dead letters", retention::DEADLINE, work).await
+    }
+
+    async fn standings(&self) -> Result<Standings> {
+        let inner = self.inner();
+        let work = async move { inner.standings().await };
+        to_its_end("look at the status", DEADLINE, work).await
     }
 
     async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {

@@ -143,6 +143,14 @@ fn object(json: &[u8], column: &str) -> Checked<BTreeMap<String, String>> {
     (map, defect)
 }
 
+/// What is wrong with a version, which travels as a number from 0 to 4294967295.
+pub(super) fn bad_version(version: i64) -> Option<String> {
+    let wrong = u32::try_from(version).is_err();
+    wrong.then(|| {
+        format!("the version is {version}; a whole number from 0 to 4294967295 is expected")
+    })
+}
+
 /// A text as PostgreSQL can store it: without NUL, which foreign messages may carry.
 pub(super) fn storable(text: &str) -> Cow<'_, str> {
     if text.contains('\0') {

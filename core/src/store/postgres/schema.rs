@@ -9,6 +9,7 @@ use super::{
     engine::{Commit, Text, Tx, query},
 };
 use crate::{
+    admin::Installation,
     error::{Error, Kind, Result},
     store::{PROGRAM, SCHEMA_VERSION},
 };
@@ -58,6 +59,44 @@ impl Statements {
     }
 }
 
+/// A step with the schema's name and the number of partitions.
+fn filled(step: &str, schema: &str, partitions: u16) -> String {
+    step.replace("@schema@", &format!("\"{schema}\""))
+        .replace("@mask@", &partitions.saturating_sub(1).to_string())
+}
+
+/// What [`Inner::migrate`] does, as one statement for any client: it makes or completes the schema, whatever its version, or
+/// changes nothing. Its name is checked by the caller.
+pub(crate) fn script(schema: &str, partitions: u16) -> String {
+    let mut script = format!(
+        "-- The tables of Pillarbox in the schema \"{schema}\", version {SCHEMA_VERSION}. One statement: it is done as a whole or not at all,\n\
+         -- completes an older schema, and may be run again. Run it as the owner of the schema.\n\
+         DO $pillarbox$\nBEGIN\n\
+         PERFORM pg_advisory_xact_lock(hashtextextended('pillarbox migrate {schema}', 0));\n\
+         IF NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = '{schema}') THEN\n  CREATE SCHEMA \"{schema}\";\nEND IF;\n\
+         IF to_regclass('\"{schema}\".installation') IS NOT NULL THEN\n  \
+         IF (SELECT oldest_program FROM \"{schema}\".installation) > {PROGRAM} THEN\n    \
+         RAISE EXCEPTION 'the schema \"{schema}\" was made by a newer Pillarbox, which must print this script';\n  END IF;\n\
+         END IF;\n"
+    );
+    for (to, step) in STEPS {
+        let step = filled(step, schema, partitions);
+        // Not planned together with the others: there may be no such table yet.
+        let missing = match to {
+            1 => format!("to_regclass('\"{schema}\".installation') IS NULL"),
+            _ => format!("(SELECT version FROM \"{schema}\".installation) < {to}"),
+        };
+        script.push_str(&format!(
+            "\n-- Version {to} {rule}\n\
+             IF {missing} THEN\nEXECUTE $step_{to}$\n{step}$step_{to}$;\n\
+             UPDATE \"{schema}\".installation SET version = {to};\nEND IF;\n",
+            rule = "=".repeat(100)
+        ));
+    }
+    script.push_str("END $pillarbox$;\n");
+    script
+}
+
 impl Inner {
     /// Makes or completes the schema.
     pub(super) async fn migrate(&self, partitions: u16) -> Result<()> {
@@ -99,10 +138,7 @@ impl Inner {
             version = self.check("migrate", row)?.version;
         }
         for (to, step) in STEPS.iter().filter(|(to, _)| *to > version) {
-            let text = step
-                .replace("@schema@", &format!("\"{name}\""))
-                .replace("@mask@", &partitions.saturating_sub(1).to_string());
-            tx.script(text).await?;
+            tx.script(filled(step, name, partitions)).await?;
             tx.run(query(&self.schema.note).bind(*to)).await?;
             tracing::info!(schema = name, version = to, "migrated");
         }
@@ -121,6 +157,16 @@ impl Inner {
             return Err(Error::new(Kind::NotMigrated, OPERATION, text));
         }
         Ok(found.partitions)
+    }
+
+    pub(super) async fn installation(&self) -> Result<Installation> {
+        let found = self.installed("look at the schema").await?;
+        Ok(Installation {
+            schema: self.name.clone(),
+            version: found.version.unsigned_abs(),
+            needed: SCHEMA_VERSION.unsigned_abs(),
+            partitions: found.partitions,
+        })
     }
 
     async fn installed(&self, operation: &'static str) -> Result<Installed> {

@@ -20,10 +20,11 @@ use super::{
 const COUNTED: u32 = 100_000;
 const BEHIND: u32 = 10_000;
 
-/// `?1` to `?8`: what a filter names.
+/// `?1` to `?9`: what a filter names.
 const NAMED: &str = "(?1 IS NULL OR side = ?1) AND (?2 IS NULL OR scope = ?2) AND (?3 IS NULL OR topic = ?3) \
      AND (?4 IS NULL OR key = ?4) AND (?5 IS NULL OR type = ?5) AND (?6 IS NULL OR instr(reason, ?6) > 0) \
-     AND (?7 IS NULL OR last_failure >= ?7) AND (?8 IS NULL OR last_failure < ?8)";
+     AND (?7 IS NULL OR last_failure >= ?7) AND (?8 IS NULL OR last_failure < ?8) \
+     AND (?9 IS NULL OR id = ?9)";
 
 fn columns() -> String {
     format!(
@@ -49,6 +50,7 @@ fn bind<'q>(query: Query<'q>, filter: &Filter) -> Query<'q> {
         .bind(filter.reason.clone())
         .bind(filter.since.map(row::instant))
         .bind(filter.before.map(row::instant))
+        .bind(filter.id.clone())
 }
 
 pub(super) async fn list(engine: &Engine, letters: &Letters) -> Result<Vec<Letter>> {
@@ -56,8 +58,8 @@ pub(super) async fn list(engine: &Engine, letters: &Letters) -> Result<Vec<Lette
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
     let statement = format!(
-        "SELECT {} FROM {{p}}{} AND {NAMED} AND seq > ?9 AND seq < ?10 AND (position, seq) > (?11, ?12) \
-         ORDER BY {} LIMIT ?13",
+        "SELECT {} FROM {{p}}{} AND {NAMED} AND seq > ?10 AND seq < ?11 AND (position, seq) > (?12, ?13) \
+         ORDER BY {} LIMIT ?14",
         columns(),
         if letters.parked { PARKED } else { DEAD },
         letters.order.by()

@@ -14,6 +14,7 @@ mod retention;
 mod row;
 mod schedule;
 mod schema;
+mod status;
 mod unit;
 
 use std::time::Duration;
@@ -23,7 +24,7 @@ use pillarbox_transport::Message;
 use sqlx::SqlitePool;
 
 use crate::{
-    admin::{DryRun, Filter, Letter, LetterId, Removed, Selection, Shown},
+    admin::{DryRun, Filter, Installation, Letter, LetterId, Removed, Selection, Shown},
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
@@ -34,7 +35,7 @@ use crate::{
     pause::{NewPause, Target},
     store::{
         Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered,
-        Slice, Standing, Store, Trimmed, Unit, Unserved, Waiting,
+        Slice, Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
     },
 };
 use pool::Engine;
@@ -81,6 +82,10 @@ impl Store for Sqlite {
         let partitions = schema::partitions(&self.engine).await?;
         self.engine.warn_if_unsafe().await;
         Ok(partitions)
+    }
+
+    async fn installation(&self) -> Result<Installation> {
+        schema::installation(&self.engine).await
     }
 
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
@@ -275,6 +280,10 @@ impl Store for Sqlite {
         most: u64,
     ) -> Result<Vec<Trimmed>> {
         retention::trim_dead_letters(&self.engine, lease, side, keep, most).await
+    }
+
+    async fn standings(&self) -> Result<Standings> {
+        status::standings(&self.engine).await
     }
 
     async fn letters(&self, letters: &Letters) -> Result<Vec<Letter>> {

@@ -32,6 +32,11 @@ impl Names {
         AssertSqlSafe(text.replace("{p}", &self.prefix).replace("{now}", NOW))
     }
 
+    /// The prefix, without the `_` at its end.
+    pub(super) fn prefix(&self) -> &str {
+        self.prefix.strip_suffix('_').unwrap_or(&self.prefix)
+    }
+
     /// A table with its prefix.
     pub(super) fn table(&self, name: &str) -> String {
         format!("{}{name}", self.prefix)

@@ -75,6 +75,10 @@ pub(super) fn logged(row: &SqliteRow) -> sqlx::Result<Logged> {
     let headers = map("headers", headers);
     let mut attributes = map("attributes", attributes);
     let version: i64 = row.try_get("version")?;
+    if u32::try_from(version).is_err() {
+        let wrong = "a whole number from 0 to 4294967295 is expected";
+        defect.get_or_insert_with(|| format!("the version is {version}; {wrong}"));
+    }
     attributes.insert("dataversion".to_owned(), version.to_string());
     if let Some(content_type) = content_type {
         attributes.insert("datacontenttype".to_owned(), content_type);

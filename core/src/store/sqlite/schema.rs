@@ -1,6 +1,7 @@
 //! The tables: made, completed, and looked at.
 
 use crate::{
+    admin::Installation,
     error::{Error, Kind, Result},
     store::{PROGRAM, SCHEMA_VERSION},
 };
@@ -71,6 +72,15 @@ async fn make_main(tx: &mut Transaction) -> Result<()> {
 
 /// The number of log partitions, if this program may use the schema.
 pub(super) async fn partitions(engine: &Engine) -> Result<u16> {
+    let found = installation(engine).await?;
+    if !found.is_complete() {
+        return Err(engine.names().not_migrated(OPERATION));
+    }
+    Ok(found.partitions)
+}
+
+/// What the schema says of itself.
+pub(super) async fn installation(engine: &Engine) -> Result<Installation> {
     let names = engine.names();
     let mut reader = engine.reader(OPERATION).await?;
     let query = names.sql("SELECT version, oldest_program, partitions FROM {p}installation");
@@ -80,10 +90,12 @@ pub(super) async fn partitions(engine: &Engine) -> Result<u16> {
         .map_err(|e| names.failed(OPERATION, e))?;
     let (version, oldest, partitions) = row.ok_or_else(|| names.not_migrated(OPERATION))?;
     allow(OPERATION, oldest)?;
-    if version < SCHEMA_VERSION {
-        return Err(names.not_migrated(OPERATION));
-    }
-    Ok(partitions)
+    Ok(Installation {
+        schema: names.prefix().to_owned(),
+        version: version.unsigned_abs(),
+        needed: SCHEMA_VERSION.unsigned_abs(),
+        partitions,
+    })
 }
 
 fn allow(operation: &'static str, oldest: i32) -> Result<()> {

@@ -154,3 +154,21 @@ pub(crate) async fn a_long_reason_is_cut(bench: &dyn Bench) {
     assert!(reason.starts_with("xéé"));
     assert!((1_000..10_000).contains(&reason.len()), "{}", reason.len());
 }
+
+/// A plain INSERT can write any number; the library's own check refuses these.
+pub(crate) async fn a_version_below_zero_is_a_defect(bench: &dyn Bench) {
+    let database = migrated(bench).await;
+    bench
+        .execute("INSERT INTO {outbox} (topic, type, version) VALUES ('t', 'a', -1), ('t', 'b', 0)")
+        .await;
+    let (events, _) = drain(&**database.store(), Default::default(), 10).await;
+    let [bad, good] = &events[..] else {
+        panic!("{events:?}")
+    };
+    let defect = bad.defect.as_deref().unwrap_or_default();
+    assert!(defect.contains("the version is -1"), "{defect}");
+    assert_eq!(
+        (good.defect.as_deref(), good.message.version()),
+        (None, Some(0))
+    );
+}
