@@ -1,6 +1,6 @@
 //! What tests of programs built on Pillarbox need besides the programs: real servers and faults between them.
 //!
-//! - [`servers`]: PostgreSQL and RabbitMQ for tests, taken from the environment or started on this machine.
+//! - [`servers`]: PostgreSQL, RabbitMQ and NATS for tests, taken from the environment or started on this machine.
 //! - [`proxy`]: a TCP proxy on loopback that cuts, resets, holds and swallows what passes through it.
 //!
 //! For tests only: nothing here belongs in a production program, and nothing listens beyond loopback.

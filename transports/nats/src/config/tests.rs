@@ -1,0 +1,3 @@
+use super::*;
+
+const URL: &str = "nats://user:canary@nats.example:4223";
