@@ -79,10 +79,10 @@ build_nats() {
         fi
         "$go" install -trimpath -ldflags '-s -w' "$NATS"
     )
-    done=$?
+    built=$?
     rm -rf "$work"
     trap - EXIT
-    return $done
+    return $built
 }
 
 by_hand() {
