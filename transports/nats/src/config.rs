@@ -216,6 +216,9 @@ impl Config {
     /// # Errors
     /// [`Kind::Configuration`]; the text says what was found and what was expected, and shows no secret.
     pub fn validate(&self) -> Result<()> {
+        if self.credentials_file.is_some() && self.nkey_file.is_some() {
+            return refuse("found credentials_file and nkey_file, expected one of them at most");
+        }
         match (&self.url, &self.url_file) {
             (Some(url), None) => drop(self.address(url.expose_secret())?),
             (None, Some(_)) => {}
@@ -223,9 +226,6 @@ impl Config {
             (Some(_), Some(_)) => {
                 return refuse("found both url and url_file, expected one of them");
             }
-        }
-        if self.credentials_file.is_some() && self.nkey_file.is_some() {
-            return refuse("found credentials_file and nkey_file, expected one of them at most");
         }
         for (name, value) in [
             ("ping_interval", self.ping_interval),

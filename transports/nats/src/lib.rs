@@ -6,7 +6,7 @@
 //! | event type | subject |
 //! | group | nothing: it reads from the position in its own database |
 //! | dead letters of a group | subject `{stream}_dlq.{group}` in the stream `{stream}_dlq` |
-//! | envelope | headers `ce-*`, `Content-Type` and `Nats-Msg-Id` |
+//! | envelope | headers `ce-*` and `Content-Type`; `Nats-Msg-Id` is `{id}@{source}` |
 //!
 //! [`Outcome::Stored`](pillarbox_transport::Outcome::Stored) means that the server has answered with the message's place in
 //! the expected stream. **It has then been written on a majority of the stream's replicas, not flushed**: a server flushes

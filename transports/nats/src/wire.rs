@@ -42,7 +42,8 @@ pub(crate) fn encode(m: &Message, to: &To<'_>, max_payload: usize) -> Result<Wir
     let (subject, stream) = match to {
         To::Topic(stream) => {
             limits().check(m)?;
-            headers.put(NATS_MESSAGE_ID, &m.id)?;
+            // Two sources may use one id, and the server keeps only the first message of each: the other would be lost.
+            headers.put(NATS_MESSAGE_ID, &format!("{}@{}", m.id, m.source()))?;
             (m.kind.clone(), stream)
         }
         // Dead letters may be malformed: that may be why they are dead. They go without an id for the server: it
@@ -256,7 +257,7 @@ mod tests {
     fn the_server_is_told_id_and_stream_and_nothing_that_an_application_wrote() {
         let wire = sent(&event()).unwrap();
         let header = |name: &str| wire.headers.get(name).map(|v| v.as_str().to_owned());
-        assert_eq!(header("Nats-Msg-Id").as_deref(), Some("1"));
+        assert_eq!(header("Nats-Msg-Id").as_deref(), Some("1@s"));
         assert_eq!(header("Nats-Expected-Stream").as_deref(), Some("t"));
         for name in ["Nats-Rollup", "nats-ttl", "ce-id", "content-type", TOMBSTONE] {
             assert!(sent(&event().with_header(name, "all")).is_err(), "{name}");

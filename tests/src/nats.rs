@@ -1,0 +1,45 @@
+//! A raw NATS client, and the transport for the world with NATS.
+
+use std::time::Duration;
+
+use async_nats::{HeaderMap, jetstream};
+use pillarbox_nats::{Config, Nats, Stream};
+use pillarbox_transport::{Message, cloudevents};
+
+use crate::TOPIC;
+
+/// The transport of the tests' topic, with deadlines that tests can wait for.
+pub(crate) fn transport(url: &str) -> Nats {
+    let mut config = Config::new(url);
+    config.ping_interval = Duration::from_secs(1);
+    config.connect_timeout = Duration::from_secs(4);
+    config.confirm_timeout = Duration::from_secs(4);
+    let stream = Stream::new(TOPIC, ["test.>"]);
+    config.streams.insert("test_events".to_owned(), stream);
+    Nats::new(config).expect("a valid config")
+}
+
+/// Publishes as a stranger would: the server is told no id, so that what comes twice lies there twice.
+pub(crate) async fn publish(url: &str, messages: &[Message]) {
+    let client = async_nats::connect(url).await.expect("a connection");
+    let context = jetstream::new(client);
+    for message in messages {
+        let mut headers = HeaderMap::new();
+        for (name, value) in cloudevents::encode(message) {
+            headers.insert(format!("ce-{name}"), value.as_ref());
+        }
+        if message.payload.is_none() {
+            headers.insert("pillarbox-tombstone", "true");
+        }
+        let payload = message.payload.clone().unwrap_or_default();
+        let sent = context.publish_with_headers(message.kind.clone(), headers, payload);
+        sent.await.expect("sent").await.expect("stored");
+    }
+}
+
+/// How many messages the topic's stream has.
+pub async fn stored(url: &str) -> u64 {
+    let client = async_nats::connect(url).await.expect("a connection");
+    let stream = jetstream::new(client).get_stream("test_events").await;
+    stream.expect("the stream").cached_info().state.messages
+}
