@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use async_nats::{HeaderMap, jetstream};
+use async_nats::{Client, ConnectOptions, HeaderMap, jetstream};
 use pillarbox_nats::{Config, Nats, Stream};
 use pillarbox_transport::{Message, cloudevents};
 
@@ -19,9 +19,18 @@ pub(crate) fn transport(url: &str) -> Nats {
     Nats::new(config).expect("a valid config")
 }
 
+/// The plain client; it takes no credentials from a URL.
+async fn connect(url: &str) -> Client {
+    let address = url.trim_start_matches("nats://");
+    let (login, host) = address.rsplit_once('@').unwrap_or((":", address));
+    let (user, password) = login.split_once(':').unwrap_or_default();
+    let options = ConnectOptions::with_user_and_password(user.into(), password.into());
+    options.connect(host).await.expect("a connection")
+}
+
 /// Publishes as a stranger would: the server is told no id, so that what comes twice lies there twice.
 pub(crate) async fn publish(url: &str, messages: &[Message]) {
-    let client = async_nats::connect(url).await.expect("a connection");
+    let client = connect(url).await;
     let context = jetstream::new(client);
     for message in messages {
         let mut headers = HeaderMap::new();
@@ -39,7 +48,7 @@ pub(crate) async fn publish(url: &str, messages: &[Message]) {
 
 /// How many messages the topic's stream has.
 pub async fn stored(url: &str) -> u64 {
-    let client = async_nats::connect(url).await.expect("a connection");
+    let client = connect(url).await;
     let stream = jetstream::new(client).get_stream("test_events").await;
     stream.expect("the stream").cached_info().state.messages
 }

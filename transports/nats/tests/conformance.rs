@@ -45,7 +45,7 @@ impl Harness for OnNats {
         };
         let url = url.unwrap();
         let (proxy, through) = Proxy::before(&url).await.unwrap();
-        let server = async_nats::connect(&url).await.unwrap().max_payload();
+        let server = connect(&url).await.max_payload();
         Some(Box::new(Account {
             word: format!("suite{}", nuid::next()),
             // A server as it comes takes 1 MiB with the headers.
@@ -56,6 +56,16 @@ impl Harness for OnNats {
             own,
         }))
     }
+}
+
+/// The plain client; it takes no credentials from a URL.
+async fn connect(url: &str) -> async_nats::Client {
+    let (login, host) = url.trim_start_matches("nats://").rsplit_once('@').unwrap();
+    let (user, password) = login.split_once(':').unwrap();
+    async_nats::ConnectOptions::with_user_and_password(user.into(), password.into())
+        .connect(host)
+        .await
+        .unwrap()
 }
 
 impl Account {
@@ -75,7 +85,7 @@ impl Account {
     }
 
     async fn read(&self, stream: &str, subject: Option<String>) -> Vec<Stored> {
-        let client = async_nats::connect(&self.url).await.unwrap();
+        let client = connect(&self.url).await;
         let stream = jetstream::new(client).get_stream(stream).await.unwrap();
         let last = stream.cached_info().state.last_sequence;
         let mut all = Vec::new();
