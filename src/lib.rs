@@ -55,11 +55,11 @@ use std::sync::Arc;
 #[cfg(feature = "amqp")]
 #[doc(inline)]
 pub use pillarbox_amqp as amqp;
+#[doc(inline)]
+pub use pillarbox_core::{config::TransportSettings, failure::Retry, *};
 #[cfg(feature = "nats")]
 #[doc(inline)]
 pub use pillarbox_nats as nats;
-#[doc(inline)]
-pub use pillarbox_core::{config::TransportSettings, failure::Retry, *};
 
 use transport::{Transport, memory::Memory};
 
@@ -129,8 +129,7 @@ fn refused(settings: &TransportSettings, kind: &str, e: &transport::Error) -> Er
 
 #[cfg(not(all(feature = "amqp", feature = "nats")))]
 fn left_out(settings: &TransportSettings, feature: &str) -> Error {
-    let text = format!(
-        "this program was built without the feature {feature:?}, which is needed for it"
-    );
+    let text =
+        format!("this program was built without the feature {feature:?}, which is needed for it");
     settings.refuse("kind", &text)
 }

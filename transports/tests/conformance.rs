@@ -8,15 +8,13 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pillarbox_testkit::transport::{
-    Case, Corner, Harness, Stored, assert_documented, exercise,
-};
+use pillarbox_testkit::transport::{Case, Corner, Harness, Stored, assert_documented, exercise};
 use pillarbox_transport::{Message, Transport, memory::Memory};
 
-const NO_WIRE: &str = "it has no wire and no server; the engine itself checks messages, at enqueue and at the relay";
+const NO_WIRE: &str =
+    "it has no wire and no server; the engine itself checks messages, at enqueue and at the relay";
 const NO_SERVER: &str = "it has no connection and no server that could be lost";
-const NOT_STORED: &str =
-    "it stores nothing: what a group has not applied is told unavailable, and the relay sends it again";
+const NOT_STORED: &str = "it stores nothing: what a group has not applied is told unavailable, and the relay sends it again";
 
 struct InMemory;
 
@@ -72,7 +70,11 @@ impl Corner for Process {
     }
 
     async fn ready(&self, transport: &dyn Transport) {
-        let source = transport.bind(&self.binding("witness")).await.unwrap().remove(0);
+        let source = transport
+            .bind(&self.binding("witness"))
+            .await
+            .unwrap()
+            .remove(0);
         let mut reader = transport.subscribe(&source, "witness", None).await.unwrap();
         let seen = Arc::clone(&self.seen);
         tokio::spawn(async move {
@@ -89,7 +91,11 @@ impl Corner for Process {
     }
 
     async fn dead_letters(&mut self) -> Vec<Stored> {
-        self.memory.dead_lettered().into_iter().map(stored).collect()
+        self.memory
+            .dead_lettered()
+            .into_iter()
+            .map(stored)
+            .collect()
     }
 
     async fn crash(&mut self) {

@@ -44,7 +44,11 @@ pub(super) async fn outcomes(mut corner: Box<dyn Corner>) {
         let outcomes = soon(batch).await;
         assert_eq!(outcomes.len(), size);
         for (at, outcome) in outcomes.iter().enumerate() {
-            assert_eq!(outcome.is_stored(), at != bad, "message {at} of {size}: {outcome:?}");
+            assert_eq!(
+                outcome.is_stored(),
+                at != bad,
+                "message {at} of {size}: {outcome:?}"
+            );
         }
     }
     let stored = corner.stored_ids().await;
@@ -62,7 +66,10 @@ fn bad(corner: &dyn Corner) -> Vec<(Message, Kind)> {
         (event("empty").with_header("", "1"), Kind::Invalid),
         (event("nul").with_header("nul", "a\0b"), Kind::Invalid),
         (event("cc").with_header("CC", "other"), Kind::Invalid),
-        (event("roll").with_header("Nats-Rollup", "all"), Kind::Invalid),
+        (
+            event("roll").with_header("Nats-Rollup", "all"),
+            Kind::Invalid,
+        ),
         (event("ce").with_header("ce-id", "forged"), Kind::Invalid),
         (
             Message {
@@ -116,7 +123,12 @@ pub(super) async fn blame(mut corner: Box<dyn Corner>) {
     }
     let outcomes = soon(publisher.publish(messages)).await;
     for (at, (pair, (message, kind))) in outcomes.chunks(2).zip(&bad).enumerate() {
-        assert!(pair[0].is_stored(), "the neighbour of {}: {:?}", message.id, pair[0]);
+        assert!(
+            pair[0].is_stored(),
+            "the neighbour of {}: {:?}",
+            message.id,
+            pair[0]
+        );
         assert!(
             matches!(&pair[1], Outcome::Rejected(e) if e.kind() == *kind && !e.is_temporary()),
             "{at}, {}: {:?}",
@@ -125,7 +137,10 @@ pub(super) async fn blame(mut corner: Box<dyn Corner>) {
         );
     }
     // The session goes on.
-    assert_all(&soon(publisher.publish(corner.events(0..5))).await, "stored");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..5))).await,
+        "stored",
+    );
     let mut expected = corner.ids(0..5);
     expected.extend((0..bad.len()).map(|at| corner.id(format!("before-{at}"))));
     let stored = corner.stored_ids().await;
@@ -144,7 +159,10 @@ pub(super) async fn unrouted(mut corner: Box<dyn Corner>) {
         corner.event(1),
     ];
     let outcomes = soon(publisher.publish(messages)).await;
-    assert!(outcomes[0].is_stored() && outcomes[2].is_stored(), "{outcomes:?}");
+    assert!(
+        outcomes[0].is_stored() && outcomes[2].is_stored(),
+        "{outcomes:?}"
+    );
     match &outcomes[1] {
         Outcome::Retry(e) | Outcome::Rejected(e) => assert_eq!(e.kind(), Kind::Unrouted, "{e}"),
         other => panic!("{}: {other:?}", word(other)),
@@ -201,7 +219,9 @@ pub(super) async fn content(mut corner: Box<dyn Corner>) {
         assert_eq!(got.message.attributes, sent.attributes, "{}", sent.id);
         // The store's times end at microseconds.
         let (got_time, sent_time) = (got.message.time, sent.time);
-        let apart = got_time.duration_since(sent_time).unwrap_or_else(|e| e.duration());
+        let apart = got_time
+            .duration_since(sent_time)
+            .unwrap_or_else(|e| e.duration());
         assert!(apart < Duration::from_micros(1), "{}", sent.id);
         let head = |m: &Message| (m.id.clone(), m.topic.clone(), m.kind.clone(), m.key.clone());
         assert_eq!(head(&got.message), head(sent));
@@ -213,7 +233,12 @@ pub(super) async fn content(mut corner: Box<dyn Corner>) {
     assert_eq!(stored.len(), messages.len());
     for (stored, sent) in stored.iter().zip(&messages) {
         assert_eq!((&stored.id, &stored.key), (&sent.id, &sent.key));
-        assert_eq!(stored.payload, sent.payload.clone().unwrap_or_default(), "{}", sent.id);
+        assert_eq!(
+            stored.payload,
+            sent.payload.clone().unwrap_or_default(),
+            "{}",
+            sent.id
+        );
         for (name, value) in &sent.headers {
             assert_eq!(stored.headers.get(name), Some(value), "{}", sent.id);
         }
@@ -239,13 +264,19 @@ pub(super) async fn drain(mut corner: Box<dyn Corner>) {
     }
     assert_eq!(told.len(), 200);
     let again = corner.publisher_again(&*transport).await;
-    assert_all(&soon(again.publish(corner.events(400..401))).await, "stored");
+    assert_all(
+        &soon(again.publish(corner.events(400..401))).await,
+        "stored",
+    );
     let stored = set(corner.stored_ids().await);
     assert!(corner.ids(0..200).iter().all(|id| stored.contains(id)));
     for (at, outcome) in told.iter().enumerate() {
         assert!(matches!(word(outcome), "stored" | "unknown"), "{outcome:?}");
         let id = corner.id(200 + at);
-        assert!(!outcome.is_stored() || stored.contains(&id), "{id} was told to be stored");
+        assert!(
+            !outcome.is_stored() || stored.contains(&id),
+            "{id} was told to be stored"
+        );
     }
 }
 

@@ -10,7 +10,8 @@ use crate::proxy::{Direction, Proxy};
 
 impl dyn Corner + '_ {
     fn wire(&self) -> &Proxy {
-        self.proxy().expect("a proxy, or an exception for this case")
+        self.proxy()
+            .expect("a proxy, or an exception for this case")
     }
 
     /// About a kilobyte each.
@@ -81,7 +82,10 @@ pub(super) async fn key_order(mut corner: Box<dyn Corner>) {
 
 pub(super) async fn cut(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
-    assert_all(&soon(publisher.publish(corner.events(0..10))).await, "stored");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..10))).await,
+        "stored",
+    );
     // No confirm comes any more, and the broker has a part of the window.
     let proxy = corner.wire();
     proxy.hold(Direction::ToClient);
@@ -93,20 +97,33 @@ pub(super) async fn cut(mut corner: Box<dyn Corner>) {
     let outcomes = soon(window).await;
     assert_all(&outcomes, "unknown");
     assert!(before.elapsed() < CONFIRM_TIMEOUT, "it is known at once");
-    assert!(outcomes.iter().all(|o| o.error().is_some_and(|e| e.is_temporary())));
+    assert!(
+        outcomes
+            .iter()
+            .all(|o| o.error().is_some_and(|e| e.is_temporary()))
+    );
     proxy.release();
     // The session is over, at once and for good.
     let before = Instant::now();
-    assert_all(&soon(publisher.publish(corner.events(0..1))).await, "unknown");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..1))).await,
+        "unknown",
+    );
     assert!(before.elapsed() < CONFIRM_TIMEOUT);
     let again = corner.publisher_again(&*transport).await;
-    assert_all(&soon(again.publish(corner.large_events(10..210))).await, "stored");
+    assert_all(
+        &soon(again.publish(corner.large_events(10..210))).await,
+        "stored",
+    );
     assert_eq!(set(corner.stored_ids().await), set(corner.ids(0..210)));
 }
 
 pub(super) async fn silence(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
-    assert_all(&soon(publisher.publish(corner.events(0..10))).await, "stored");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..10))).await,
+        "stored",
+    );
     corner.wire().black_hole(true);
     let before = Instant::now();
     let (one, two) = (
@@ -126,7 +143,10 @@ pub(super) async fn silence(mut corner: Box<dyn Corner>) {
     corner.wire().black_hole(false);
     let again = corner.publisher_again(&*transport).await;
     assert_all(&soon(again.publish(corner.events(10..20))).await, "stored");
-    assert_all(&soon(again.publish(corner.large_events(20..220))).await, "stored");
+    assert_all(
+        &soon(again.publish(corner.large_events(20..220))).await,
+        "stored",
+    );
     let stored = corner.stored_ids().await;
     assert_eq!(set(stored), set(corner.ids(0..220)));
 }
@@ -182,7 +202,10 @@ pub(super) async fn credentials(corner: Box<dyn Corner>) {
 
 pub(super) async fn crash(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
-    assert_all(&soon(publisher.publish(corner.events(0..100))).await, "stored");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..100))).await,
+        "stored",
+    );
     let source = corner.bind(&*transport, "reader").await;
     let mut reader = soon(transport.subscribe(&source, "reader", None))
         .await
@@ -190,7 +213,10 @@ pub(super) async fn crash(mut corner: Box<dyn Corner>) {
     corner.crash().await;
     // A session of before is over, or it tells the truth.
     let told = soon(publisher.publish(corner.events(100..110))).await;
-    assert!(told.iter().all(|o| matches!(word(o), "stored" | "unknown")), "{told:?}");
+    assert!(
+        told.iter().all(|o| matches!(word(o), "stored" | "unknown")),
+        "{told:?}"
+    );
     let ended = async { while reader.next().await.is_ok() {} };
     soon(ended).await;
     drop(reader);
@@ -202,7 +228,9 @@ pub(super) async fn crash(mut corner: Box<dyn Corner>) {
             if outcomes.iter().all(Outcome::is_stored) {
                 return;
             }
-            let waits = outcomes.iter().all(|o| matches!(word(o), "stored" | "unavailable"));
+            let waits = outcomes
+                .iter()
+                .all(|o| matches!(word(o), "stored" | "unavailable"));
             assert!(waits, "{outcomes:?}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -282,7 +310,11 @@ async fn settled(base: Option<&Counts>) -> Counts {
         if base.is_some_and(|base| now.fits(base)) || start.elapsed() > PATIENCE / 2 {
             return now;
         }
-        still = if now.tasks < last.tasks || now.files < last.files { 0 } else { still + 1 };
+        still = if now.tasks < last.tasks || now.files < last.files {
+            0
+        } else {
+            still + 1
+        };
         if base.is_none() && still >= 10 {
             return now;
         }

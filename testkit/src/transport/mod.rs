@@ -232,7 +232,8 @@ pub fn assert_documented(harness: &dyn Harness, page: &str) {
         .collect();
     let head = rows.iter().find(|row| row[0] == "case");
     let column = head.and_then(|row| row.iter().position(|name| *name == harness.name()));
-    let column = column.expect("a table with the head `| case | …` and a column for each transport");
+    let column =
+        column.expect("a table with the head `| case | …` and a column for each transport");
     for case in Case::ALL {
         let exception = harness.exceptions().iter().find(|(c, _)| c == case);
         let wanted = if exception.is_some() { "no" } else { "yes" };
@@ -247,7 +248,10 @@ pub fn assert_documented(harness: &dyn Harness, page: &str) {
         );
         if let Some((_, reason)) = exception {
             let line = format!("- {}, {}: {reason}", harness.name(), case.title());
-            assert!(page.contains(&line), "docs/reference/transports.md: expected the line\n{line}");
+            assert!(
+                page.contains(&line),
+                "docs/reference/transports.md: expected the line\n{line}"
+            );
         }
     }
 }

@@ -11,7 +11,10 @@ fn ids(deliveries: &[Delivery]) -> Vec<String> {
 pub(super) async fn redelivery(corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     let source = corner.bind(&*transport, GROUP).await;
-    assert_all(&soon(publisher.publish(corner.events(0..10))).await, "stored");
+    assert_all(
+        &soon(publisher.publish(corner.events(0..10))).await,
+        "stored",
+    );
     let mut from = None;
     let mut first = 0;
     // The third reader finds what the first two have left.

@@ -24,7 +24,9 @@ async fn a_log_that_comes_again_is_stored_once() {
     let outbox = world.outbox();
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;
     for n in 1..=50 {
-        world.commit(&outbox, &["a", "b"].map(|key| Tick::new(key, n))).await;
+        world
+            .commit(&outbox, &["a", "b"].map(|key| Tick::new(key, n)))
+            .await;
     }
     world.until_effects(100).await;
     way.stop().await;
@@ -68,7 +70,11 @@ async fn a_server_that_stops_or_crashes_costs_nothing_but_time() {
             way.relay.health().trouble.is_some() && way.consumer.health().trouble.is_some()
         })
         .await;
-        assert_eq!(tables::deferred(&world.producer).await, 0, "an attempt was burned");
+        assert_eq!(
+            tables::deferred(&world.producer).await,
+            0,
+            "an attempt was burned"
+        );
         assert_eq!(tables::dead_letters(&world.producer).await, []);
         server.start_again().await.expect("started");
         last += 60;

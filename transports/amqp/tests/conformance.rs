@@ -105,7 +105,12 @@ impl Vhost {
         let mut all = Vec::new();
         loop {
             let delivery = consumer.next().await.unwrap().unwrap();
-            let id = delivery.properties.message_id().clone().unwrap().to_string();
+            let id = delivery
+                .properties
+                .message_id()
+                .clone()
+                .unwrap()
+                .to_string();
             if id == "mark" {
                 return all;
             }

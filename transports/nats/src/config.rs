@@ -60,7 +60,7 @@ pub struct Config {
     #[serde(with = "humantime_serde")]
     pub confirm_timeout: Duration,
     /// Messages that wait in the client for the socket. Few: what waits there can still be sent when the network comes
-    /// back. Defaults to 64.
+    /// back, after the session has ended. Defaults to 64.
     pub send_queue: usize,
     /// Messages that one pull of a reading session asks for. Defaults to 500.
     pub prefetch: usize,

@@ -127,13 +127,20 @@ impl Live {
             let error = match timeout(share, options.connect(url)).await {
                 Ok(Ok(client)) => {
                     let live = Self::over(client, limit, cluster, notes).await?;
-                    tracing::info!(cluster = live.cluster, role, server = name, "connected to NATS");
+                    tracing::info!(
+                        cluster = live.cluster,
+                        role,
+                        server = name,
+                        "connected to NATS"
+                    );
                     return Ok(live);
                 }
                 Ok(Err(e)) => classify_connect(e, name),
-                Err(_) => {
-                    Error::new(Kind::Timeout, "connect", format!("{name}: no answer within {share:?}"))
-                }
+                Err(_) => Error::new(
+                    Kind::Timeout,
+                    "connect",
+                    format!("{name}: no answer within {share:?}"),
+                ),
             };
             // What one server refuses another of its cluster would refuse too.
             if !error.is_temporary() {
@@ -185,7 +192,11 @@ impl Live {
 
     /// The error of a connection that is gone, with what the server said last.
     pub(crate) fn lost(&self, operation: &'static str) -> Error {
-        let said = self.notes.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let said = self
+            .notes
+            .last
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let text = match &*said {
             Some(said) => format!("{}: the connection is lost: {said}", self.cluster),
             None => format!("{}: the connection is lost", self.cluster),
@@ -289,8 +300,12 @@ async fn options(
         }
     }
     let unusable = |what: &str, e: std::io::Error| {
-        Error::new(Kind::Configuration, "connect", format!("{what}: expected a file that nsc wrote"))
-            .caused_by(e)
+        Error::new(
+            Kind::Configuration,
+            "connect",
+            format!("{what}: expected a file that nsc wrote"),
+        )
+        .caused_by(e)
     };
     if let Some(file) = &config.credentials_file {
         let text = read(file).await?;

@@ -42,11 +42,15 @@ pub(crate) struct Refusal {
 pub(crate) fn of_answer(status: Option<StatusCode>, payload: &[u8], stream: &str) -> Outcome {
     if status == Some(StatusCode::NO_RESPONDERS) {
         // Also between two leaders of the stream.
-        let text = format!("no stream takes it; expected {stream:?} to be there and to have a leader");
+        let text =
+            format!("no stream takes it; expected {stream:?} to be there and to have a leader");
         return Outcome::Unavailable(error(Kind::Missing, text));
     }
     let Ok(answer) = serde_json::from_slice::<Answer>(payload) else {
-        let text = format!("{stream:?}: found an answer of {} bytes that is none", payload.len());
+        let text = format!(
+            "{stream:?}: found an answer of {} bytes that is none",
+            payload.len()
+        );
         return Outcome::Unknown(error(Kind::Unreachable, text));
     };
     match answer.error {
@@ -116,7 +120,9 @@ pub(crate) fn classify_request(
         RequestErrorKind::TimedOut => (Kind::Timeout, format!("{context}: no answer in time")),
         RequestErrorKind::NoResponders => (
             Kind::Missing,
-            format!("{context}: nobody answers; JetStream is off for this account, or has no leader now"),
+            format!(
+                "{context}: nobody answers; JetStream is off for this account, or has no leader now"
+            ),
         ),
         _ => (Kind::Unreachable, format!("{context}")),
     };
@@ -176,7 +182,10 @@ mod tests {
     fn only_a_place_in_the_right_stream_is_stored() {
         for (payload, expected) in [
             (r#"{"stream":"s","seq":7}"#, ("stored", None)),
-            (r#"{"stream":"s","seq":7,"duplicate":true}"#, ("stored", None)),
+            (
+                r#"{"stream":"s","seq":7,"duplicate":true}"#,
+                ("stored", None),
+            ),
             (
                 r#"{"stream":"other","seq":7}"#,
                 ("unavailable", Some(Kind::Configuration)),

@@ -338,7 +338,9 @@ impl Work {
         };
         let found = self.flights.iter().position(|f| f.number == batch);
         let Some(at) = found else { return };
-        let Ok(place) = usize::try_from(place) else { return };
+        let Ok(place) = usize::try_from(place) else {
+            return;
+        };
         let flight = &mut self.flights[at];
         let Some(Place::Waiting(stream, _)) = flight.places.get(place) else {
             return;
@@ -365,7 +367,8 @@ impl Work {
     /// The server answers nothing to a publish that it forbids: what waits for it would run into the deadline.
     fn forbid(&mut self) {
         let forbidden = self.forbidden.borrow_and_update().clone();
-        let is_forbidden = |place: &Place| matches!(place, Place::Waiting(_, s) if forbidden.contains(s));
+        let is_forbidden =
+            |place: &Place| matches!(place, Place::Waiting(_, s) if forbidden.contains(s));
         for at in (0..self.flights.len()).rev() {
             let places = &self.flights[at].places;
             let hit: Vec<usize> = (0..places.len())
@@ -487,11 +490,7 @@ async fn declare(
 }
 
 /// Without the streams nothing is sent: all topics wait, or the session is over.
-fn give_up(
-    plan: &Plan,
-    messages: &[Message],
-    error: Error,
-) -> Result<HashMap<String, Error>, End> {
+fn give_up(plan: &Plan, messages: &[Message], error: Error) -> Result<HashMap<String, Error>, End> {
     let error = not_sent(error)?;
     tracing::debug!(cluster = plan.live.cluster(), %error, "streams could not be declared");
     let copy = |m: &Message| {

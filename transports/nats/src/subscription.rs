@@ -87,16 +87,20 @@ impl Reader {
         })?;
         let name = consumer.cached_info().name.clone();
         // Without messages the server shows that it lives: two silences in a row end the session.
-        let heartbeat = wanted.ping_interval.div_f32(2.0).max(Duration::from_millis(50));
+        let heartbeat = wanted
+            .ping_interval
+            .div_f32(2.0)
+            .max(Duration::from_millis(50));
         let pulling = consumer
             .stream()
             .max_messages_per_batch(wanted.prefetch)
             .expires(heartbeat * 4)
             .heartbeat(heartbeat)
             .messages();
-        let messages = live.answer(OPEN, pulling).await?.map_err(|e| {
-            Error::new(Kind::Unreachable, OPEN, format!("{stream:?}")).caused_by(e)
-        })?;
+        let messages = live
+            .answer(OPEN, pulling)
+            .await?
+            .map_err(|e| Error::new(Kind::Unreachable, OPEN, format!("{stream:?}")).caused_by(e))?;
         Ok(Self {
             messages,
             topic: wanted.source.topic.clone(),
@@ -118,7 +122,11 @@ impl Reader {
 async fn start(live: &Live, wanted: &Wanted<'_>) -> Result<DeliverPolicy> {
     let stream = &wanted.source.name;
     let Some(info) = topology::info(live, stream).await? else {
-        return Err(Error::new(Kind::Missing, OPEN, format!("the stream {stream:?} does not exist")));
+        return Err(Error::new(
+            Kind::Missing,
+            OPEN,
+            format!("the stream {stream:?} does not exist"),
+        ));
     };
     if identity(&info) != wanted.source.identity {
         // The cursor belongs to the other one: only whoever binds anew knows the right one.

@@ -172,17 +172,20 @@ impl Topology {
             return Err(Error::new(Kind::Configuration, "name a stream", text));
         }
         self.used(|used| {
-            let spec = used.streams.entry(topic.to_owned()).or_insert_with(|| Spec {
-                dead_letter: format!("{name}_dlq"),
-                name,
-                topic: topic.to_owned(),
-                subjects: BTreeSet::new(),
-                fixed: false,
-                replicas: self.config.replicas,
-                duplicate_window: self.config.duplicate_window,
-                max_age: Duration::ZERO,
-                max_bytes: None,
-            });
+            let spec = used
+                .streams
+                .entry(topic.to_owned())
+                .or_insert_with(|| Spec {
+                    dead_letter: format!("{name}_dlq"),
+                    name,
+                    topic: topic.to_owned(),
+                    subjects: BTreeSet::new(),
+                    fixed: false,
+                    replicas: self.config.replicas,
+                    duplicate_window: self.config.duplicate_window,
+                    max_age: Duration::ZERO,
+                    max_bytes: None,
+                });
             kinds.into_iter().for_each(|kind| spec.extend(kind));
             Ok(spec.clone())
         })
@@ -349,7 +352,9 @@ fn findings(info: &Info, config: &Config) -> Vec<String> {
     let found = &info.config;
     let mut all = Vec::new();
     if found.storage == StorageType::Memory {
-        all.push("storage is memory: a restart of the server loses acknowledged events; use file".into());
+        all.push(
+            "storage is memory: a restart of the server loses acknowledged events; use file".into(),
+        );
     }
     if info.cluster.as_ref().is_some_and(|c| c.name.is_some()) && found.num_replicas < 3 {
         all.push(format!(
@@ -463,7 +468,9 @@ mod tests {
     #[test]
     fn a_topic_without_a_stream_gets_one_that_takes_what_is_used() {
         let topology = topology();
-        topology.bind(&binding("t.events", "g", &["t.a.b"])).unwrap();
+        topology
+            .bind(&binding("t.events", "g", &["t.a.b"]))
+            .unwrap();
         let spec = topology.with_types("t.events", ["t.c", "alone"]).unwrap();
         assert_eq!(
             (spec.name.as_str(), spec.dead_letter.as_str()),

@@ -113,7 +113,9 @@ impl Headers {
     fn insert(&mut self, name: &str, value: &str, strict: bool) -> Result<()> {
         let Ok(known) = name.parse::<HeaderName>() else {
             if strict {
-                return Err(invalid(format!("the header name {name:?} cannot be one of NATS")));
+                return Err(invalid(format!(
+                    "the header name {name:?} cannot be one of NATS"
+                )));
             }
             return Ok(());
         };
@@ -174,7 +176,10 @@ pub(crate) fn decode(arrived: Arrived<'_>) -> (Message, Option<String>) {
     let mut headers = Vec::new();
     for (name, values) in arrived.headers.into_iter().flat_map(HeaderMap::iter) {
         let name: &str = name.as_ref();
-        let value = values.first().map(|v| v.as_str().to_owned()).unwrap_or_default();
+        let value = values
+            .first()
+            .map(|v| v.as_str().to_owned())
+            .unwrap_or_default();
         let lower = name.to_ascii_lowercase();
         match lower.as_str() {
             TOMBSTONE => tombstone = true,
@@ -196,7 +201,9 @@ pub(crate) fn decode(arrived: Arrived<'_>) -> (Message, Option<String>) {
         headers.push(("ce-id".to_owned(), id));
     }
     let payload = (!tombstone || !arrived.payload.is_empty()).then_some(arrived.payload);
-    let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.clone()));
+    let pairs = headers
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.clone()));
     let (mut message, mut defect) =
         cloudevents::decode(topic, &[PREFIX], pairs, content_type, payload);
     if message.id.len() > ID_BYTES || message.id.chars().any(char::is_control) {
@@ -259,7 +266,13 @@ mod tests {
         let header = |name: &str| wire.headers.get(name).map(|v| v.as_str().to_owned());
         assert_eq!(header("Nats-Msg-Id").as_deref(), Some("1@s"));
         assert_eq!(header("Nats-Expected-Stream").as_deref(), Some("t"));
-        for name in ["Nats-Rollup", "nats-ttl", "ce-id", "content-type", TOMBSTONE] {
+        for name in [
+            "Nats-Rollup",
+            "nats-ttl",
+            "ce-id",
+            "content-type",
+            TOMBSTONE,
+        ] {
             assert!(sent(&event().with_header(name, "all")).is_err(), "{name}");
             // A dead letter of a foreigner travels without it.
             let letter = event().with_header(name, "all");
@@ -283,7 +296,11 @@ mod tests {
             ("a", " edge"),
         ] {
             let m = event().with_header(name, value);
-            assert_eq!(sent(&m).err().map(|e| e.kind()), Some(Kind::Invalid), "{name:?}");
+            assert_eq!(
+                sent(&m).err().map(|e| e.kind()),
+                Some(Kind::Invalid),
+                "{name:?}"
+            );
             assert!(encode(&m, &To::DeadLetters("d.g", "d"), 10_000).is_ok());
         }
     }
@@ -293,11 +310,16 @@ mod tests {
         let kind = |m: &Message, most| encode(m, &To::Topic("t"), most).err().map(|e| e.kind());
         let m = event();
         let bytes = sent(&m).unwrap();
-        let exact = bytes.payload.len() + 12
-            + bytes.headers.iter().map(|(n, v)| {
-                let n: &str = n.as_ref();
-                n.len() + v[0].as_str().len() + 4
-            }).sum::<usize>();
+        let exact = bytes.payload.len()
+            + 12
+            + bytes
+                .headers
+                .iter()
+                .map(|(n, v)| {
+                    let n: &str = n.as_ref();
+                    n.len() + v[0].as_str().len() + 4
+                })
+                .sum::<usize>();
         assert_eq!(kind(&m, exact), None);
         assert_eq!(kind(&m, exact - 1), Some(Kind::TooLarge));
         let long = |n: usize| event().with_header("h", "x".repeat(n));

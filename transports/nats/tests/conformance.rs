@@ -94,9 +94,10 @@ impl Account {
             if subject.as_ref().is_some_and(|s| *s != *message.subject) {
                 continue;
             }
-            let text = |(name, values): (&async_nats::HeaderName, &Vec<async_nats::HeaderValue>)| {
-                (name.to_string(), values[0].to_string())
-            };
+            let text =
+                |(name, values): (&async_nats::HeaderName, &Vec<async_nats::HeaderValue>)| {
+                    (name.to_string(), values[0].to_string())
+                };
             let headers: BTreeMap<String, String> = message.headers.iter().map(text).collect();
             all.push(Stored {
                 id: headers["ce-id"].clone(),

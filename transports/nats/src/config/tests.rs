@@ -71,8 +71,14 @@ fn each_mistake_is_told_with_what_was_found() {
     let seconds = Duration::from_secs;
     let cases: Vec<(Config, &str)> = vec![
         (Config::default(), "neither url nor url_file"),
-        (set(&|c| c.url_file = Some("f".into())), "both url and url_file"),
-        (set(&|c| c.nkey_file = Some("f".into())), "found a user in the url"),
+        (
+            set(&|c| c.url_file = Some("f".into())),
+            "both url and url_file",
+        ),
+        (
+            set(&|c| c.nkey_file = Some("f".into())),
+            "found a user in the url",
+        ),
         (
             set(&|c| {
                 c.nkey_file = Some("f".into());
@@ -80,18 +86,39 @@ fn each_mistake_is_told_with_what_was_found() {
             }),
             "one of them at most",
         ),
-        (set(&|c| c.ping_interval = Duration::ZERO), "ping_interval: found 0ns"),
-        (set(&|c| c.send_queue = 0), "send_queue: found 0, expected 1 to"),
+        (
+            set(&|c| c.ping_interval = Duration::ZERO),
+            "ping_interval: found 0ns",
+        ),
+        (
+            set(&|c| c.send_queue = 0),
+            "send_queue: found 0, expected 1 to",
+        ),
         (set(&|c| c.prefetch = 0), "prefetch: found 0"),
-        (set(&|c| c.max_payload = 70_000_000), "max_payload: found 70000000"),
-        (set(&|c| c.replicas = 6), "replicas: found 6, expected 1 to 5"),
+        (
+            set(&|c| c.max_payload = 70_000_000),
+            "max_payload: found 70000000",
+        ),
+        (
+            set(&|c| c.replicas = 6),
+            "replicas: found 6, expected 1 to 5",
+        ),
         (set(&|c| c.cluster = Some("a b".into())), "cluster: "),
         (
             set(&|c| c.duplicate_window = seconds(29)),
             "duplicate_window: found 29s, expected 30s (confirm_timeout)",
         ),
         (set(&|c| c.tls.first = true), "expected tls://"),
-        (set(&|c| c.tls.key_file = Some("k".into())), "one of certificate_file and key_file"),
+        (
+            Config {
+                tls: Tls {
+                    key_file: Some("k".into()),
+                    ..Tls::default()
+                },
+                ..url("tls://h")
+            },
+            "one of certificate_file and key_file",
+        ),
         (url("http://h"), "no such URL"),
         (url("h:4222"), "without a scheme"),
         (url("ws://h"), "a websocket"),
@@ -101,10 +128,16 @@ fn each_mistake_is_told_with_what_was_found() {
         (url("nats://u:12/canary@h"), "url: found"),
         (url("nats://u:canary%zz@h"), "hexadecimal"),
         (url("nats://a,tls://b"), "nats:// and tls:// together"),
-        (streams(&[("a.b", "t", &["t.>"])]), "the name: found \"a.b\""),
+        (
+            streams(&[("a.b", "t", &["t.>"])]),
+            "the name: found \"a.b\"",
+        ),
         (streams(&[("s", "t", &[])]), "subjects: found none"),
         (streams(&[("s", "t", &["a b"])]), "subjects: found \"a b\""),
-        (streams(&[("s", "t", &["a.>.b"])]), "subjects: found \"a.>.b\""),
+        (
+            streams(&[("s", "t", &["a.>.b"])]),
+            "subjects: found \"a.>.b\"",
+        ),
         (
             streams(&[("r", "t", &["a.>"]), ("s", "t", &["b.>"])]),
             "streams \"r\" and \"s\" for topic \"t\"",
@@ -117,10 +150,19 @@ fn each_mistake_is_told_with_what_was_found() {
             streams(&[("s", "t", &["a.>"]), ("s_dlq", "u", &["b.>"])]),
             "expected another name",
         ),
-        (stream(&|s| s.replicas = Some(0)), "stream \"s\": replicas: found 0"),
+        (
+            stream(&|s| s.replicas = Some(0)),
+            "stream \"s\": replicas: found 0",
+        ),
         (stream(&|s| s.max_bytes = Some(0)), "max_bytes: found 0"),
-        (stream(&|s| s.max_age = Some(seconds(60))), "max_age: found 60s, expected 120s"),
-        (stream(&|s| s.duplicate_window = Some(seconds(1))), "duplicate_window: found 1s"),
+        (
+            stream(&|s| s.max_age = Some(seconds(60))),
+            "max_age: found 60s, expected 120s",
+        ),
+        (
+            stream(&|s| s.duplicate_window = Some(seconds(1))),
+            "duplicate_window: found 1s",
+        ),
     ];
     for (config, expected) in cases {
         let error = config.validate().unwrap_err();
@@ -146,7 +188,11 @@ fn a_url_gives_servers_and_credentials_apart() {
     assert_eq!(address.cluster(), "[::1]:7,b:4222");
     assert!(address.is_tls() && !address.exposes_secrets());
     assert!(Address::parse(URL).unwrap().exposes_secrets());
-    assert!(!Address::parse("nats://u:p@localhost").unwrap().exposes_secrets());
+    assert!(
+        !Address::parse("nats://u:p@localhost")
+            .unwrap()
+            .exposes_secrets()
+    );
     let Some(crate::address::User::Password(user, password)) = address.user else {
         panic!("no password")
     };

@@ -16,7 +16,8 @@ struct Authority {
 impl Authority {
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let write = |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
+        let write =
+            |name: &str, text: String| std::fs::write(folder.path().join(name), text).unwrap();
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -25,7 +26,10 @@ impl Authority {
         for (file, name) in [("server", "localhost"), ("client", "client")] {
             let key = KeyPair::generate().unwrap();
             let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
-            write(&format!("{file}.pem"), params.signed_by(&key, &issuer).unwrap().pem());
+            write(
+                &format!("{file}.pem"),
+                params.signed_by(&key, &issuer).unwrap().pem(),
+            );
             write(&format!("{file}.key"), key.serialize_pem());
         }
         Self { folder }
@@ -47,7 +51,9 @@ impl Authority {
 }
 
 fn over_tls(server: &Server, host: &str, tls: Tls) -> Nats {
-    let url = server.url().replace("nats://127.0.0.1", &format!("tls://{host}"));
+    let url = server
+        .url()
+        .replace("nats://127.0.0.1", &format!("tls://{host}"));
     let mut config = config(&url);
     config.tls = tls;
     Nats::new(config).unwrap()
@@ -74,17 +80,25 @@ async fn the_servers_certificate_is_verified_and_ours_is_shown() {
         key_file: None,
         ..ours.clone()
     };
-    let error = soon(over_tls(&server, "localhost", without_ours).publisher()).await.err();
+    let error = soon(over_tls(&server, "localhost", without_ours).publisher())
+        .await
+        .err();
     assert!(error.is_some());
     let other = Authority::new();
     let strangers = Tls {
         ca_file: Some(other.file("ca.pem")),
         ..ours.clone()
     };
-    let error = soon(over_tls(&server, "localhost", strangers).publisher()).await.err().unwrap();
+    let error = soon(over_tls(&server, "localhost", strangers).publisher())
+        .await
+        .err()
+        .unwrap();
     assert_eq!(error.kind(), Kind::Refused, "{error}");
     // The name that was asked for is not in the certificate.
-    let error = soon(over_tls(&server, "127.0.0.1", ours).publisher()).await.err().unwrap();
+    let error = soon(over_tls(&server, "127.0.0.1", ours).publisher())
+        .await
+        .err()
+        .unwrap();
     assert_eq!(error.kind(), Kind::Refused, "{error}");
 }
 
@@ -105,11 +119,17 @@ async fn tls_before_the_greeting_and_never_in_its_place_plain_text() {
         return;
     };
     for first in [false, true] {
-        let tls = Tls { first, ..tls.clone() };
+        let tls = Tls {
+            first,
+            ..tls.clone()
+        };
         let mut nats = config(&plain.url().replace("nats://127.0.0.1", "tls://localhost"));
         nats.tls = tls;
         nats.connect_timeout = Duration::from_secs(2);
         let error = soon(Nats::new(nats).unwrap().publisher()).await.err();
-        assert!(error.is_some(), "a server without TLS was spoken to in plain text");
+        assert!(
+            error.is_some(),
+            "a server without TLS was spoken to in plain text"
+        );
     }
 }

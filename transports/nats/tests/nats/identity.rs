@@ -10,7 +10,12 @@ async fn server(settings: &str) -> Option<Server> {
     servers::required(Server::start_with(settings).await)
 }
 
-fn with_file(url: &str, name: &str, text: &str, set: impl Fn(&mut Config, std::path::PathBuf)) -> (tempfile::TempDir, Nats) {
+fn with_file(
+    url: &str,
+    name: &str,
+    text: &str,
+    set: impl Fn(&mut Config, std::path::PathBuf),
+) -> (tempfile::TempDir, Nats) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join(name);
     std::fs::write(&file, text).unwrap();
@@ -34,7 +39,10 @@ async fn a_token_in_the_url() {
 #[tokio::test]
 async fn an_nkey() {
     let pair = KeyPair::new_user();
-    let settings = format!("authorization {{ users: [{{ nkey: {} }}] }}", pair.public_key());
+    let settings = format!(
+        "authorization {{ users: [{{ nkey: {} }}] }}",
+        pair.public_key()
+    );
     let Some(server) = server(&settings).await else {
         return;
     };
@@ -57,7 +65,10 @@ fn jwt(issuer: &KeyPair, subject: &str, name: &str, claims: serde_json::Value) -
     });
     body["jti"] = BASE32_NOPAD.encode(name.as_bytes()).into();
     let head = BASE64URL_NOPAD.encode(br#"{"typ":"JWT","alg":"ed25519-nkey"}"#);
-    let signed = format!("{head}.{}", BASE64URL_NOPAD.encode(body.to_string().as_bytes()));
+    let signed = format!(
+        "{head}.{}",
+        BASE64URL_NOPAD.encode(body.to_string().as_bytes())
+    );
     let signature = issuer.sign(signed.as_bytes()).unwrap();
     format!("{signed}.{}", BASE64URL_NOPAD.encode(&signature))
 }
@@ -79,11 +90,22 @@ async fn a_credentials_file() {
         "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
         "conn": -1, "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
     });
+    let mut limits_without_storage = limits.clone();
+    for name in ["mem_storage", "disk_storage", "streams", "consumer"] {
+        limits_without_storage[name] = 0.into();
+    }
     let of_account = jwt(
         &operator,
         &account.public_key(),
         "account",
         serde_json::json!({ "type": "account", "version": 2, "limits": limits }),
+    );
+    let system = KeyPair::new_account();
+    let of_system = jwt(
+        &operator,
+        &system.public_key(),
+        "system",
+        serde_json::json!({ "type": "account", "version": 2, "limits": limits_without_storage }),
     );
     let of_user = jwt(
         &account,
@@ -92,8 +114,9 @@ async fn a_credentials_file() {
         serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1, "pub": {}, "sub": {} }),
     );
     let settings = format!(
-        "operator: {of_operator}\nresolver: MEMORY\nresolver_preload: {{ {}: {of_account} }}",
-        account.public_key()
+        "operator: {of_operator}\nresolver: MEMORY\nsystem_account: {system}\nresolver_preload: {{ {account}: {of_account}, {system}: {of_system} }}",
+        account = account.public_key(),
+        system = system.public_key(),
     );
     let Some(server) = server(&settings).await else {
         return;

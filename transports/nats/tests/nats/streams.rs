@@ -4,7 +4,6 @@ use async_nats::jetstream::stream::{
     Config as Declared, DiscardPolicy, RetentionPolicy, StorageType,
 };
 use pillarbox_testkit::servers::{self, Nats as Server};
-use pillarbox_transport::Subscription;
 
 use super::*;
 
@@ -174,7 +173,10 @@ async fn a_stream_that_is_deleted_under_a_session_is_made_anew() {
     assert_ne!(again.identity, source.identity);
     let mut reader = soon(nats.subscribe(&again, GROUP, None)).await.unwrap();
     let delivery = soon(reader.next()).await.unwrap();
-    assert_eq!((delivery.message.id.as_str(), delivery.position), ("5", Some(1)));
+    assert_eq!(
+        (delivery.message.id.as_str(), delivery.position),
+        ("5", Some(1))
+    );
 }
 
 #[tokio::test]
@@ -187,7 +189,11 @@ async fn a_cursor_beyond_the_streams_end_is_refused() {
     let error = soon(nats.subscribe(&source, GROUP, Some(7))).await.err();
     let error = error.unwrap();
     assert_eq!(error.kind(), Kind::Configuration, "{error}");
-    assert!(error.to_string().contains("ends at 5, before the group's cursor 6"));
+    assert!(
+        error
+            .to_string()
+            .contains("ends at 5, before the group's cursor 6")
+    );
 }
 
 #[tokio::test]
@@ -196,7 +202,11 @@ async fn a_group_gets_the_types_that_it_has_handlers_for() {
     let nats = nats(&url);
     let source = soon(nats.bind(&binding(&[KIND]))).await.unwrap().remove(0);
     let kind = |id: usize| Message {
-        kind: if id % 3 == 0 { KIND.into() } else { "inventory.stock.other".into() },
+        kind: if id % 3 == 0 {
+            KIND.into()
+        } else {
+            "inventory.stock.other".into()
+        },
         ..event(id)
     };
     assert_stored(&publish(&nats, (0..9).map(kind).collect()).await);
@@ -262,8 +272,9 @@ async fn a_message_that_only_this_server_finds_too_large_is_rejected_alone() {
 
 #[tokio::test]
 async fn without_jetstream_it_is_said() {
-    let Some(mut server) = servers::required(Server::start_with("accounts { A { users: [{ user: a, password: p }] } }").await)
-    else {
+    let Some(mut server) = servers::required(
+        Server::start_with("accounts { A { users: [{ user: a, password: p }] } }").await,
+    ) else {
         return;
     };
     let url = server.url().replace("nats://", "nats://a:p@");
@@ -272,6 +283,9 @@ async fn without_jetstream_it_is_said() {
         matches!(error.kind(), Kind::Configuration | Kind::Missing),
         "{error}"
     );
-    assert!(error.to_string().to_lowercase().contains("jetstream"), "{error}");
+    assert!(
+        error.to_string().to_lowercase().contains("jetstream"),
+        "{error}"
+    );
     server.stop().await.unwrap();
 }
