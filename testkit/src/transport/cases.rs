@@ -4,16 +4,16 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use pillarbox_transport::{Bytes, Kind, Message, Outcome};
 
-use super::{Corner, GROUP, assert_all, set, soon, take, word};
+use super::{Corner, GROUP, assert_all, send, set, soon, take, word};
 
 pub(super) async fn confirmed(mut corner: Box<dyn Corner>) {
     let (_transport, publisher) = corner.open().await;
-    let outcomes = soon(publisher.publish(corner.events(0..300))).await;
+    let outcomes = soon(send(&*publisher, corner.events(0..300))).await;
     assert_eq!(outcomes.len(), 300);
     assert_all(&outcomes, "stored");
     // One id of two sources is two events: no broker's own memory of ids may take them for one.
     let twin = |source: &str| corner.event(300).with_attribute("source", source);
-    let twins = soon(publisher.publish(vec![twin("one"), twin("two")])).await;
+    let twins = soon(send(&*publisher, vec![twin("one"), twin("two")])).await;
     assert_all(&twins, "stored");
     let mut expected = corner.ids(0..301);
     expected.push(corner.id(300));
@@ -22,7 +22,7 @@ pub(super) async fn confirmed(mut corner: Box<dyn Corner>) {
 
 pub(super) async fn outcomes(mut corner: Box<dyn Corner>) {
     let (_transport, publisher) = corner.open().await;
-    assert!(soon(publisher.publish(Vec::new())).await.is_empty());
+    assert!(soon(send(&*publisher, Vec::new())).await.is_empty());
     // Several batches, open at the same time, with one message in each that has no place anywhere.
     let mut open = Vec::new();
     let mut expected = Vec::new();
@@ -38,7 +38,7 @@ pub(super) async fn outcomes(mut corner: Box<dyn Corner>) {
                 messages.push(corner.event(id));
             }
         }
-        open.push((size, bad, publisher.publish(messages)));
+        open.push((size, bad, send(&*publisher, messages)));
     }
     for (size, bad, batch) in open {
         let outcomes = soon(batch).await;
@@ -121,7 +121,7 @@ pub(super) async fn blame(mut corner: Box<dyn Corner>) {
         messages.push(corner.event(format!("before-{at}")));
         messages.push(message.clone());
     }
-    let outcomes = soon(publisher.publish(messages)).await;
+    let outcomes = soon(send(&*publisher, messages)).await;
     for (at, (pair, (message, kind))) in outcomes.chunks(2).zip(&bad).enumerate() {
         assert!(
             pair[0].is_stored(),
@@ -138,7 +138,7 @@ pub(super) async fn blame(mut corner: Box<dyn Corner>) {
     }
     // The session goes on.
     assert_all(
-        &soon(publisher.publish(corner.events(0..5))).await,
+        &soon(send(&*publisher, corner.events(0..5))).await,
         "stored",
     );
     let mut expected = corner.ids(0..5);
@@ -158,7 +158,7 @@ pub(super) async fn unrouted(mut corner: Box<dyn Corner>) {
         },
         corner.event(1),
     ];
-    let outcomes = soon(publisher.publish(messages)).await;
+    let outcomes = soon(send(&*publisher, messages)).await;
     assert!(
         outcomes[0].is_stored() && outcomes[2].is_stored(),
         "{outcomes:?}"
@@ -210,7 +210,7 @@ pub(super) async fn content(mut corner: Box<dyn Corner>) {
         .await
         .expect("a reader");
     // Where nothing is stored, the publish ends with the last acknowledgement.
-    let publishing = tokio::spawn(publisher.publish(messages.clone()));
+    let publishing = tokio::spawn(send(&*publisher, messages.clone()));
     for sent in &messages {
         let got = take(&mut reader, 1).await.remove(0);
         assert_eq!(got.defect, None, "{}", sent.id);
@@ -248,14 +248,14 @@ pub(super) async fn content(mut corner: Box<dyn Corner>) {
 pub(super) async fn drain(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     let all: Vec<_> = (0..5)
-        .map(|n| publisher.publish(corner.events(n * 40..(n + 1) * 40)))
+        .map(|n| send(&*publisher, corner.events(n * 40..(n + 1) * 40)))
         .collect();
     for open in all {
         assert_all(&soon(open).await, "stored");
     }
     // An owner whose lease is gone drops the session in mid-work: each message is still answered, and truly.
     let open: Vec<_> = (5..10)
-        .map(|n| publisher.publish(corner.events(n * 40..(n + 1) * 40)))
+        .map(|n| send(&*publisher, corner.events(n * 40..(n + 1) * 40)))
         .collect();
     drop(publisher);
     let mut told = Vec::new();
@@ -265,7 +265,7 @@ pub(super) async fn drain(mut corner: Box<dyn Corner>) {
     assert_eq!(told.len(), 200);
     let again = corner.publisher_again(&*transport).await;
     assert_all(
-        &soon(again.publish(corner.events(400..401))).await,
+        &soon(send(&*again, corner.events(400..401))).await,
         "stored",
     );
     let stored = set(corner.stored_ids().await);
@@ -291,9 +291,9 @@ pub(super) async fn dead_letters(mut corner: Box<dyn Corner>) {
     malformed.attributes.clear();
     let twice = || reason(corner.event("twice")).with_key("k");
     let messages = vec![reason(corner.event("plain")), malformed, twice()];
-    assert_all(&soon(letters.publish(messages)).await, "stored");
+    assert_all(&soon(send(&*letters, messages)).await, "stored");
     // An event that is tried again can die again.
-    assert_all(&soon(letters.publish(vec![twice()])).await, "stored");
+    assert_all(&soon(send(&*letters, vec![twice()])).await, "stored");
     let found = corner.dead_letters().await;
     let ids: Vec<String> = found.iter().map(|f| f.id.clone()).collect();
     let expected: Vec<String> = ["plain", "malformed", "twice", "twice"]

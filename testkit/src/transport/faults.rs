@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pillarbox_transport::{Kind, Message, Outcome};
 
-use super::{CONFIRM_TIMEOUT, Corner, GROUP, PATIENCE, assert_all, set, soon, word};
+use super::{CONFIRM_TIMEOUT, Corner, GROUP, PATIENCE, assert_all, send, set, soon, word};
 use crate::proxy::{Direction, Proxy};
 
 impl dyn Corner + '_ {
@@ -48,7 +48,7 @@ pub(super) async fn key_order(mut corner: Box<dyn Corner>) {
                 let id = format!("{key}-{}", next[*key]);
                 corner.event(id).with_key(format!("key-{key}"))
             };
-            publisher.publish(keys.iter().map(event).collect())
+            send(&*publisher, keys.iter().map(event).collect())
         };
         let (first, second) = (batch(one), batch(two));
         let (first, second) = soon(async { (first.await, second.await) }).await;
@@ -83,14 +83,14 @@ pub(super) async fn key_order(mut corner: Box<dyn Corner>) {
 pub(super) async fn cut(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     assert_all(
-        &soon(publisher.publish(corner.events(0..10))).await,
+        &soon(send(&*publisher, corner.events(0..10))).await,
         "stored",
     );
     // No confirm comes any more, and the broker has a part of the window.
     let proxy = corner.wire();
     proxy.hold(Direction::ToClient);
     let sent = proxy.counters().to_server;
-    let window = publisher.publish(corner.large_events(10..210));
+    let window = send(&*publisher, corner.large_events(10..210));
     soon(proxy.wait_for(|c| c.to_server > sent + 100_000)).await;
     let before = Instant::now();
     proxy.cut();
@@ -106,13 +106,13 @@ pub(super) async fn cut(mut corner: Box<dyn Corner>) {
     // The session is over, at once and for good.
     let before = Instant::now();
     assert_all(
-        &soon(publisher.publish(corner.events(0..1))).await,
+        &soon(send(&*publisher, corner.events(0..1))).await,
         "unknown",
     );
     assert!(before.elapsed() < CONFIRM_TIMEOUT);
     let again = corner.publisher_again(&*transport).await;
     assert_all(
-        &soon(again.publish(corner.large_events(10..210))).await,
+        &soon(send(&*again, corner.large_events(10..210))).await,
         "stored",
     );
     assert_eq!(set(corner.stored_ids().await), set(corner.ids(0..210)));
@@ -121,15 +121,15 @@ pub(super) async fn cut(mut corner: Box<dyn Corner>) {
 pub(super) async fn silence(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     assert_all(
-        &soon(publisher.publish(corner.events(0..10))).await,
+        &soon(send(&*publisher, corner.events(0..10))).await,
         "stored",
     );
     corner.wire().black_hole(true);
     let before = Instant::now();
     let (one, two) = (
-        publisher.publish(corner.events(10..20)),
+        send(&*publisher, corner.events(10..20)),
         // More than a client may hold back for later.
-        publisher.publish(corner.large_events(20..220)),
+        send(&*publisher, corner.large_events(20..220)),
     );
     let (one, two) = soon(async { (one.await, two.await) }).await;
     assert_all(&one, "unknown");
@@ -142,9 +142,9 @@ pub(super) async fn silence(mut corner: Box<dyn Corner>) {
     assert!(error.is_temporary(), "{error}");
     corner.wire().black_hole(false);
     let again = corner.publisher_again(&*transport).await;
-    assert_all(&soon(again.publish(corner.events(10..20))).await, "stored");
+    assert_all(&soon(send(&*again, corner.events(10..20))).await, "stored");
     assert_all(
-        &soon(again.publish(corner.large_events(20..220))).await,
+        &soon(send(&*again, corner.large_events(20..220))).await,
         "stored",
     );
     let stored = corner.stored_ids().await;
@@ -157,7 +157,7 @@ pub(super) async fn slow(mut corner: Box<dyn Corner>) {
         let proxy = corner.wire();
         proxy.hold(Direction::ToClient);
         let sent = proxy.counters().to_server;
-        let open = publisher.publish(corner.events(round * 10..(round + 1) * 10));
+        let open = send(&*publisher, corner.events(round * 10..(round + 1) * 10));
         // All of it has arrived; the answers come late.
         soon(proxy.wait_for(|c| c.to_server > sent + 1_000)).await;
         tokio::time::sleep(CONFIRM_TIMEOUT / 20).await;
@@ -185,7 +185,7 @@ pub(super) async fn away(corner: Box<dyn Corner>) {
     }
     proxy.refuse(false);
     let again = corner.publisher_again(&*transport).await;
-    assert_all(&soon(again.publish(corner.events(0..10))).await, "stored");
+    assert_all(&soon(send(&*again, corner.events(0..10))).await, "stored");
 }
 
 pub(super) async fn credentials(corner: Box<dyn Corner>) {
@@ -203,7 +203,7 @@ pub(super) async fn credentials(corner: Box<dyn Corner>) {
 pub(super) async fn crash(mut corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     assert_all(
-        &soon(publisher.publish(corner.events(0..100))).await,
+        &soon(send(&*publisher, corner.events(0..100))).await,
         "stored",
     );
     let source = corner.bind(&*transport, "reader").await;
@@ -212,7 +212,7 @@ pub(super) async fn crash(mut corner: Box<dyn Corner>) {
         .expect("a reader");
     corner.crash().await;
     // A session of before is over, or it tells the truth.
-    let told = soon(publisher.publish(corner.events(100..110))).await;
+    let told = soon(send(&*publisher, corner.events(100..110))).await;
     assert!(
         told.iter().all(|o| matches!(word(o), "stored" | "unknown")),
         "{told:?}"
@@ -224,7 +224,7 @@ pub(super) async fn crash(mut corner: Box<dyn Corner>) {
     // A broker that has just come back may still be looking for its queues.
     let publish = async {
         loop {
-            let outcomes = again.publish(corner.events(110..120)).await;
+            let outcomes = send(&*again, corner.events(110..120)).await;
             if outcomes.iter().all(Outcome::is_stored) {
                 return;
             }
@@ -250,7 +250,7 @@ pub(super) async fn no_leak(corner: Box<dyn Corner>) {
     let mut base = Counts::now();
     for round in 0..100 {
         let publisher = corner.publisher_again(&*transport).await;
-        let open = publisher.publish(corner.events(round..round + 1));
+        let open = send(&*publisher, corner.events(round..round + 1));
         let reader = soon(transport.subscribe(&source, GROUP, None)).await;
         if round % 2 == 0 {
             assert_all(&soon(open).await, "stored");

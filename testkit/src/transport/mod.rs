@@ -13,6 +13,7 @@ mod reading;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -318,6 +319,14 @@ impl dyn Corner + '_ {
 async fn soon<T>(work: impl Future<Output = T>) -> T {
     let waited = tokio::time::timeout(PATIENCE, work).await;
     waited.expect("nothing happened for a minute")
+}
+
+/// Hands messages to a session, at once.
+fn send(
+    publisher: &dyn Publisher,
+    messages: Vec<Message>,
+) -> Pin<Box<dyn Future<Output = Vec<Outcome>> + Send>> {
+    publisher.publish(messages.into_iter().map(Arc::new).collect())
 }
 
 fn word(outcome: &Outcome) -> &'static str {

@@ -2,7 +2,7 @@
 
 use pillarbox_transport::Delivery;
 
-use super::{Corner, GROUP, assert_all, soon, take};
+use super::{Corner, GROUP, assert_all, send, soon, take};
 
 fn ids(deliveries: &[Delivery]) -> Vec<String> {
     deliveries.iter().map(|d| d.message.id.clone()).collect()
@@ -12,7 +12,7 @@ pub(super) async fn redelivery(corner: Box<dyn Corner>) {
     let (transport, publisher) = corner.open().await;
     let source = corner.bind(&*transport, GROUP).await;
     assert_all(
-        &soon(publisher.publish(corner.events(0..10))).await,
+        &soon(send(&*publisher, corner.events(0..10))).await,
         "stored",
     );
     let mut from = None;
@@ -46,7 +46,7 @@ pub(super) async fn hand_over(corner: Box<dyn Corner>) {
         let mut reader = soon(other.subscribe(&source, GROUP, from))
             .await
             .expect("a reader");
-        let published = soon(publisher.publish(corner.events(events))).await;
+        let published = soon(send(&*publisher, corner.events(events))).await;
         assert_all(&published, "stored");
         for delivery in take(&mut reader, 25).await {
             seen.push(delivery.message.id.clone());
@@ -66,7 +66,7 @@ pub(super) async fn groups(corner: Box<dyn Corner>) {
         let reader = soon(transport.subscribe(&source, group, None)).await;
         readers.push(reader.expect("a reader"));
     }
-    let publishing = tokio::spawn(publisher.publish(corner.events(0..50)));
+    let publishing = tokio::spawn(send(&*publisher, corner.events(0..50)));
     for reader in &mut readers {
         let got = take(reader, 50).await;
         assert_eq!(ids(&got), corner.ids(0..50));

@@ -57,7 +57,7 @@ pub(crate) struct Session {
 }
 
 struct Batch {
-    messages: Vec<Message>,
+    messages: Vec<Arc<Message>>,
     answer: oneshot::Sender<Vec<Outcome>>,
 }
 
@@ -101,7 +101,7 @@ impl Session {
 }
 
 impl Publisher for Session {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         let count = messages.len();
         if count == 0 {
             return Box::pin(async { Vec::new() });
@@ -455,7 +455,7 @@ async fn prepare(
 /// Answers, by topic, why its stream could not be declared.
 async fn declare(
     plan: &Plan,
-    messages: &[Message],
+    messages: &[Arc<Message>],
     streams: &mut HashMap<String, Spec>,
     stale: bool,
 ) -> Result<HashMap<String, Error>, End> {
@@ -469,7 +469,8 @@ async fn declare(
     if !matches!(plan.target, Target::Topics) {
         return Ok(failed);
     }
-    for Message { topic, kind, .. } in messages {
+    for message in messages {
+        let Message { topic, kind, .. } = &**message;
         let covered = |spec: &Spec| spec.covers(kind);
         if failed.contains_key(topic) || streams.get(topic).is_some_and(covered) {
             continue;
@@ -490,10 +491,14 @@ async fn declare(
 }
 
 /// Without the streams nothing is sent: all topics wait, or the session is over.
-fn give_up(plan: &Plan, messages: &[Message], error: Error) -> Result<HashMap<String, Error>, End> {
+fn give_up(
+    plan: &Plan,
+    messages: &[Arc<Message>],
+    error: Error,
+) -> Result<HashMap<String, Error>, End> {
     let error = not_sent(error)?;
     tracing::debug!(cluster = plan.live.cluster(), %error, "streams could not be declared");
-    let copy = |m: &Message| {
+    let copy = |m: &Arc<Message>| {
         let error = Error::new(error.kind(), "publish", error.to_string());
         (m.topic.clone(), error)
     };
@@ -510,14 +515,15 @@ fn not_sent(error: Error) -> Result<Error, End> {
 
 fn encode_all(
     plan: &Plan,
-    messages: &[Message],
+    messages: &[Arc<Message>],
     streams: &HashMap<String, Spec>,
     failed: HashMap<String, Error>,
 ) -> Vec<Prepared> {
     let server = plan.live.client.max_payload();
     let most = plan.max_payload.min(server);
     let mut names: HashMap<&str, Arc<str>> = HashMap::new();
-    let one = |m: &Message| {
+    let one = |m: &Arc<Message>| {
+        let m = &**m;
         let (stream, to) = match &plan.target {
             Target::DeadLetters(spec, subject) => (
                 spec.dead_letter.as_str(),

@@ -11,12 +11,12 @@ mod identity;
 #[path = "nats/streams.rs"]
 mod streams;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_nats::{Client, ConnectOptions, jetstream};
 use pillarbox_nats::{Config, Nats, Stream};
 use pillarbox_testkit::servers;
-use pillarbox_transport::{Binding, Kind, Message, Outcome, Transport};
+use pillarbox_transport::{Binding, Kind, Message, Outcome, Publisher, Transport};
 
 const TOPIC: &str = "inventory.events";
 const STREAM: &str = "inventory_events";
@@ -68,7 +68,11 @@ async fn soon<T>(work: impl Future<Output = T>) -> T {
 
 async fn publish(nats: &Nats, messages: Vec<Message>) -> Vec<Outcome> {
     let publisher = soon(nats.publisher()).await.unwrap();
-    soon(publisher.publish(messages)).await
+    soon(send(&*publisher, messages)).await
+}
+
+fn send(publisher: &dyn Publisher, messages: Vec<Message>) -> impl Future<Output = Vec<Outcome>> {
+    publisher.publish(messages.into_iter().map(Arc::new).collect())
 }
 
 #[track_caller]

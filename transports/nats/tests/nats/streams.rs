@@ -152,17 +152,17 @@ async fn a_stream_that_is_deleted_under_a_session_is_made_anew() {
     let nats = nats(&url);
     let source = soon(nats.bind(&binding(&[KIND]))).await.unwrap().remove(0);
     let publisher = soon(nats.publisher()).await.unwrap();
-    assert_stored(&soon(publisher.publish(events(0..5))).await);
+    assert_stored(&soon(send(&*publisher, events(0..5))).await);
     let mut reader = soon(nats.subscribe(&source, GROUP, None)).await.unwrap();
     for _ in 0..5 {
         soon(reader.next()).await.unwrap();
     }
     raw(&url).await.delete_stream(STREAM).await.unwrap();
     assert_unavailable(
-        &soon(publisher.publish(events(5..6))).await[0],
+        &soon(send(&*publisher, events(5..6))).await[0],
         Kind::Missing,
     );
-    assert_stored(&soon(publisher.publish(events(5..6))).await);
+    assert_stored(&soon(send(&*publisher, events(5..6))).await);
     // The cursor belongs to the other stream: reading from it would skip.
     let error = soon(reader.next()).await.unwrap_err();
     assert!(error.is_temporary(), "{error}");
