@@ -7,6 +7,7 @@ ARGS ?=
 
 # What a configuration of ours takes besides itself. Any other names servers of its own.
 SERVERS_configs/rabbitmq.toml := postgres rabbitmq
+SERVERS_configs/nats.toml := postgres nats
 SERVERS := $(SERVERS_$(patsubst ./%,%,$(CONFIG)))
 
 # Where cargo puts programs, also when CARGO_TARGET_DIR or a configuration file moves it. Asked only when needed.
@@ -21,7 +22,7 @@ servers = $(call programs,$(1))/pillarbox-servers
 help:
 	@sed -n 's/^## /make /p' Makefile
 
-## demo       both services, one process, one minute: CONFIG=configs/embedded.toml (default), configs/rabbitmq.toml, …
+## demo       both services, one process, one minute: CONFIG=configs/embedded.toml (default), configs/rabbitmq.toml, configs/nats.toml
 demo: PROGRAM := demo
 demo: shop-program
 
@@ -44,7 +45,7 @@ test: export PILLARBOX_REQUIRE_SERVERS = 1
 test:
 	testkit/install-servers.sh
 	cargo test --workspace --no-run
-	$(call servers,dev) postgres rabbitmq -- cargo test --workspace $(ARGS)
+	$(call servers,dev) postgres rabbitmq nats -- cargo test --workspace $(ARGS)
 
 ## soak       the same tests with many seeds and long cases: PILLARBOX_SOAK=1, optimised
 soak: export PILLARBOX_REQUIRE_SERVERS = 1
@@ -52,7 +53,7 @@ soak: export PILLARBOX_SOAK = 1
 soak:
 	testkit/install-servers.sh
 	cargo test --workspace --release --no-run
-	$(call servers,release) postgres rabbitmq -- cargo test --workspace --release $(ARGS) -- --nocapture
+	$(call servers,release) postgres rabbitmq nats -- cargo test --workspace --release $(ARGS) -- --nocapture
 
 ## bench      measures the relay against a raw client, and the consumer with batches and workers
 bench:

@@ -44,6 +44,7 @@
 //! | `postgres` | PostgreSQL | yes |
 //! | `sqlite` | SQLite, compiled in | |
 //! | `amqp` | RabbitMQ, as the module `amqp` | yes |
+//! | `nats` | NATS JetStream, as the module `nats` | |
 //! | `tls-ring` | TLS to database and broker, with ring | yes |
 //! | `tls-aws-lc-rs` | the same with AWS-LC | |
 //!
@@ -56,6 +57,9 @@ use std::sync::Arc;
 pub use pillarbox_amqp as amqp;
 #[doc(inline)]
 pub use pillarbox_core::{config::TransportSettings, failure::Retry, *};
+#[cfg(feature = "nats")]
+#[doc(inline)]
+pub use pillarbox_nats as nats;
 
 use transport::{Transport, memory::Memory};
 
@@ -63,9 +67,9 @@ use transport::{Transport, memory::Memory};
 mod tests;
 
 /// The words for `[transport] kind`.
-const KINDS: [&str; 2] = ["memory", "amqp"];
+const KINDS: [&str; 3] = ["memory", "amqp", "nats"];
 /// Those of later versions.
-const LATER: [&str; 2] = ["kafka", "nats"];
+const LATER: [&str; 1] = ["kafka"];
 
 /// Makes the transport that the settings select. Connects to nothing yet: a program starts without its broker, and the
 /// relay waits for it.
@@ -86,6 +90,7 @@ const LATER: [&str; 2] = ["kafka", "nats"];
 pub async fn connect(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
     match settings.kind(&KINDS, &LATER)? {
         "amqp" => amqp(settings),
+        "nats" => nats(settings),
         _ => {
             settings.no_table("memory")?;
             Ok(Arc::new(Memory::new()))
@@ -136,15 +141,36 @@ pub async fn relays(
 
 #[cfg(feature = "amqp")]
 fn amqp(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
-    let amqp = amqp::Amqp::new(settings.table("amqp")?).map_err(|e| {
-        let (text, operation) = (e.to_string(), format!("{}: ", e.operation()));
-        settings.refuse("amqp", text.strip_prefix(&operation).unwrap_or(&text))
-    })?;
-    Ok(Arc::new(amqp))
+    let amqp = amqp::Amqp::new(settings.table("amqp")?);
+    Ok(Arc::new(amqp.map_err(|e| refused(settings, "amqp", &e))?))
 }
 
 #[cfg(not(feature = "amqp"))]
 fn amqp(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
-    let text = "this program was built without the feature \"amqp\", which is needed for it";
-    Err(settings.refuse("kind", text))
+    Err(left_out(settings, "amqp"))
+}
+
+#[cfg(feature = "nats")]
+fn nats(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
+    let nats = nats::Nats::new(settings.table("nats")?);
+    Ok(Arc::new(nats.map_err(|e| refused(settings, "nats", &e))?))
+}
+
+#[cfg(not(feature = "nats"))]
+fn nats(settings: &TransportSettings) -> Result<Arc<dyn Transport>> {
+    Err(left_out(settings, "nats"))
+}
+
+/// An adapter's error about its own table.
+#[cfg(any(feature = "amqp", feature = "nats"))]
+fn refused(settings: &TransportSettings, kind: &str, e: &transport::Error) -> Error {
+    let (text, operation) = (e.to_string(), format!("{}: ", e.operation()));
+    settings.refuse(kind, text.strip_prefix(&operation).unwrap_or(&text))
+}
+
+#[cfg(not(all(feature = "amqp", feature = "nats")))]
+fn left_out(settings: &TransportSettings, feature: &str) -> Error {
+    let text =
+        format!("this program was built without the feature {feature:?}, which is needed for it");
+    settings.refuse("kind", &text)
 }

@@ -8,6 +8,7 @@ use crate::{Config, Result, Settings, connect, transport::Transport};
 
 const EMBEDDED: &str = include_str!("../configs/embedded.toml");
 const RABBITMQ: &str = include_str!("../configs/rabbitmq.toml");
+const NATS: &str = include_str!("../configs/nats.toml");
 
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -44,7 +45,13 @@ fn both(file: &str) -> (Settings, Settings) {
 
 #[test]
 fn nothing_but_database_and_broker_differs_between_the_shops_files() {
-    let ((inventory, orders), (other_inventory, other_orders)) = (both(EMBEDDED), both(RABBITMQ));
+    for other in [RABBITMQ, NATS] {
+        nothing_else_differs(other);
+    }
+}
+
+fn nothing_else_differs(other: &str) {
+    let ((inventory, orders), (other_inventory, other_orders)) = (both(EMBEDDED), both(other));
     assert_eq!(
         inventory.host::<Inventory>().unwrap(),
         other_inventory.host().unwrap()
@@ -87,19 +94,19 @@ async fn a_wrong_kind_is_told_the_right_ones() {
     for (file, expected) in [
         (
             "",
-            "transport: found no kind, expected kind = \"memory\" or \"amqp\"",
+            "transport: found no kind, expected kind = \"memory\", \"amqp\" or \"nats\"",
         ),
         (
             "transport.kind = 'rabbit'",
-            "line 1: transport.kind: found \"rabbit\", expected \"memory\" or \"amqp\"",
+            "line 1: transport.kind: found \"rabbit\", expected \"memory\", \"amqp\" or \"nats\"",
         ),
         (
             "transport.kind = 'amqps'",
-            "\"amqp\" (did you mean \"amqp\"?)",
+            "\"nats\" (did you mean \"amqp\"?)",
         ),
         (
             "transport.kind = 'kafka'",
-            "found \"kafka\", which this version does not have, expected \"memory\" or \"amqp\"",
+            "found \"kafka\", which this version does not have, expected \"memory\", \"amqp\" or \"nats\"",
         ),
         (
             "transport.kind = 'memory'\n[transport.memory]\nsize = 1",
@@ -219,8 +226,92 @@ mod rabbitmq {
     }
 }
 
+#[cfg(feature = "nats")]
+mod jetstream {
+    use super::*;
+    use crate::nats::{Config as Nats, Stream, Tls};
+
+    #[tokio::test]
+    async fn the_shop_connects_nats_with_both_streams() {
+        let (inventory, _) = both(NATS);
+        assert_eq!(connect(&inventory.transport).await.unwrap().kind(), "nats");
+        let config: Nats = inventory.transport.table("nats").unwrap();
+        let topics: Vec<_> = config
+            .streams
+            .iter()
+            .map(|(name, s)| (name.as_str(), s.topic.as_str()))
+            .collect();
+        let expected = [
+            ("inventory_events", "inventory.events"),
+            ("orders_events", "orders.events"),
+        ];
+        assert_eq!(topics, expected);
+    }
+
+    #[tokio::test]
+    async fn what_is_wrong_with_its_table_is_placed_and_named() {
+        let kind = "transport.kind = 'nats'\n[transport.nats]\n";
+        for (table, expected) in [
+            (
+                "ulr = 'nats://u:canary@h'",
+                "line 3: transport.nats.ulr: this key is unknown; did you mean url?",
+            ),
+            (
+                "url = 'nats://h'\nprefetch = 0",
+                "line 4: transport.nats.prefetch: found 0, expected 1 to 65536",
+            ),
+            (
+                "",
+                "line 2: transport.nats: found neither url nor url_file, expected one of them",
+            ),
+            (
+                "url = 'nats://h'\nstreams.s.topic = 'a'",
+                "line 4: transport.nats.streams.s: found no subjects, which is needed",
+            ),
+            (
+                "url = 'amqp://u:canary@h'",
+                "expected nats://user:password@host:port, nats://token@host:port or tls://…",
+            ),
+        ] {
+            let text = refusal(&format!("{kind}{table}")).await;
+            assert!(
+                text.ends_with(expected),
+                "{text}\nshould end with\n{expected}"
+            );
+            assert!(!text.contains("canary"), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_reference_says_what_holds_and_names_every_field() {
+        let text = include_str!("../configs/reference.toml");
+        let settings = Config::parse(text).unwrap().settings().unwrap();
+        let said: Nats = settings.transport.table("nats").unwrap();
+        let held = Nats::new("nats://localhost:4222");
+        assert_eq!(format!("{said:?}"), format!("{held:?}"));
+        for (table, fields) in [
+            ("[transport.nats]", fields::<Nats>()),
+            ("[transport.nats.tls]", fields::<Tls>()),
+            (
+                "# [transport.nats.streams.inventory_events]",
+                fields::<Stream>(),
+            ),
+        ] {
+            let (_, rest) = text.split_once(&format!("\n{table}\n")).expect(table);
+            let body = rest.split("\n[").next().unwrap();
+            for field in fields.iter().filter(|f| !["tls", "streams"].contains(f)) {
+                let named = body.lines().any(|l| {
+                    l.trim_start_matches("# ")
+                        .starts_with(&format!("{field} = "))
+                });
+                assert!(named, "{table} lacks {field}");
+            }
+        }
+    }
+}
+
 /// The fields of a struct, as its `Deserialize` asks for them.
-#[cfg(feature = "amqp")]
+#[cfg(any(feature = "amqp", feature = "nats"))]
 fn fields<T: for<'de> Deserialize<'de>>() -> &'static [&'static str] {
     match T::deserialize(Fields) {
         Err(Asked(fields)) => fields,

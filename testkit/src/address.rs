@@ -51,6 +51,15 @@ pub(crate) fn with_host(url: &str, host: SocketAddr) -> Option<String> {
     Some(format!("{before_host}{host}{path}{query}"))
 }
 
+/// The same server and password, another user. `None` for what is not a URL, or has no user.
+pub(crate) fn with_user(url: &str, user: &str) -> Option<String> {
+    let before_host = parts(url)?.before_host;
+    let (scheme, login) = before_host.split_once("://")?;
+    let password = login.split_once(':')?.1;
+    let rest = url.get(before_host.len()..)?;
+    Some(format!("{scheme}://{user}:{password}{rest}"))
+}
+
 /// `host:port`, the port of the scheme where the URL names none. `None` without either.
 pub(crate) fn host_and_port(url: &str) -> Option<String> {
     let Parts {
@@ -92,6 +101,13 @@ mod tests {
             assert_eq!(with_path(url, "new").as_deref(), Some(want), "{url}");
         }
         assert_eq!(with_path("host=h dbname=d", "new"), None);
+    }
+
+    #[test]
+    fn the_user_is_replaced() {
+        let other = with_user("nats://a:p@h:1", "b");
+        assert_eq!(other.as_deref(), Some("nats://b:p@h:1"));
+        assert_eq!(with_user("nats://h:1", "b"), None);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What tests of programs built on Pillarbox need besides the programs: real servers and faults between them.
 //!
-//! - [`servers`]: PostgreSQL and RabbitMQ for tests, taken from the environment or started on this machine.
+//! - [`servers`]: PostgreSQL, RabbitMQ and NATS for tests, taken from the environment or started on this machine.
+//! - [`transport`]: the conformance suite that every transport runs, others' too.
 //! - [`proxy`]: a TCP proxy on loopback that cuts, resets, holds and swallows what passes through it.
 //!
 //! For tests only: nothing here belongs in a production program, and nothing listens beyond loopback.
@@ -11,3 +12,5 @@ mod address;
 pub mod proxy;
 #[cfg(unix)]
 pub mod servers;
+#[cfg(unix)]
+pub mod transport;

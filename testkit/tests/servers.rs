@@ -8,7 +8,7 @@ use std::str::FromStr as _;
 use std::time::Duration;
 
 use pillarbox_testkit::proxy::{Direction, Proxy};
-use pillarbox_testkit::servers::{self, Postgres, RabbitMq, Shutdown};
+use pillarbox_testkit::servers::{self, Nats, Postgres, RabbitMq, Shutdown};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions as _, PgConnection};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
@@ -263,6 +263,58 @@ async fn rabbitmq_survives_stops_crashes_and_company() {
     assert!(!alive(pids[0]), "a frozen broker can be ended");
     drop(other);
     gone(&pids, &[]).await;
+}
+
+/// The first word that the server at a `nats://` address says.
+async fn nats_greeting(url: &str) -> Option<String> {
+    let address = url.rsplit(['@', '/']).next().unwrap();
+    let stream = TcpStream::connect(address).await.ok()?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).await.ok()?;
+    line.split(' ').next().map(str::to_owned)
+}
+
+#[tokio::test]
+async fn nats_gives_accounts_and_survives_stops_crashes_and_company() {
+    let (one, two) = tokio::join!(Nats::start(), Nats::start_with("max_payload: 65536"));
+    let (Some(mut server), Some(other)) = (servers::required(one), servers::required(two)) else {
+        return;
+    };
+    let accounts = [(); 3].map(|()| server.create_account().unwrap());
+    assert!(accounts[0] != accounts[1] && accounts[1] != accounts[2]);
+    assert!(!accounts.contains(&server.url().to_owned()));
+    let info = Some("INFO".to_owned());
+    assert_eq!(nats_greeting(&accounts[0]).await, info);
+
+    server.restart().await.unwrap();
+    assert_eq!(nats_greeting(server.url()).await, info);
+    server.kill().await.unwrap();
+    assert_eq!(server.pid(), None);
+    assert_eq!(nats_greeting(server.url()).await, None);
+    assert_eq!(
+        nats_greeting(other.url()).await,
+        info,
+        "the neighbour is not touched"
+    );
+    server.start_again().await.unwrap();
+    assert_eq!(nats_greeting(server.url()).await, info);
+    assert!(!accounts.contains(&server.create_account().unwrap()));
+
+    let pids = [server.pid().unwrap(), other.pid().unwrap()];
+    server.freeze().unwrap();
+    server.end().await;
+    assert!(!alive(pids[0]), "a frozen server can be ended");
+    drop(other);
+    gone(&pids, &[]).await;
+}
+
+#[tokio::test]
+async fn a_nats_setting_that_does_not_exist_is_a_failed_start_with_its_reason() {
+    match Nats::start_with("no_such_setting: 1").await {
+        Ok(_) => panic!("started"),
+        Err(error) if error.is_missing() => drop(servers::required(Err::<(), _>(error))),
+        Err(error) => assert!(error.to_string().contains("no_such_setting"), "{error}"),
+    }
 }
 
 /// A frame in the middle, a lost confirm: what the proxy promises holds with a real server behind it too.

@@ -6,6 +6,7 @@
 pub mod counts;
 mod effect;
 pub mod ledger;
+pub mod nats;
 pub mod node;
 pub mod one_world;
 pub mod tables;
@@ -63,6 +64,19 @@ macro_rules! embedded_alone {
             async fn embedded() {
                 $crate::one_world::assert_listed(stringify!($name), $crate::Kind::Embedded);
                 super::$name($crate::World::embedded().await).await;
+            }
+        }
+    )+};
+}
+
+/// Runs bodies of other worlds on PostgreSQL and NATS as well.
+#[macro_export]
+macro_rules! on_nats_too {
+    ($($module:ident::$name:ident),+ $(,)?) => {$(
+        #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+        async fn $name() {
+            if let Some(world) = $crate::World::nats().await {
+                super::$module::$name(world).await;
             }
         }
     )+};

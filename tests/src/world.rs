@@ -27,6 +27,8 @@ pub enum Kind {
     Embedded,
     /// PostgreSQL and RabbitMQ.
     Servers,
+    /// PostgreSQL and NATS.
+    Nats,
 }
 
 /// A producer's and a consumer's database, fresh and migrated, and a transport between them.
@@ -43,6 +45,8 @@ pub struct World {
     pub memory: Option<Memory>,
     /// The broker's address, where there is one.
     pub amqp_url: Option<String>,
+    /// The same for NATS.
+    pub nats_url: Option<String>,
     /// The databases' addresses: producer, consumer.
     pub urls: (String, String),
     /// The consumer group, another for each world: metrics tell tests apart by it.
@@ -64,6 +68,7 @@ impl World {
             transport: Arc::new(memory.clone()),
             memory: Some(memory),
             amqp_url: None,
+            nats_url: None,
             urls,
             group: group(),
             _folder: Some(folder),
@@ -98,10 +103,39 @@ impl World {
             transport: Arc::new(Amqp::new(config).expect("a valid config")),
             memory: None,
             amqp_url: Some(amqp_url.to_owned()),
+            nats_url: None,
             urls,
             group,
             _folder: None,
         }
+    }
+
+    /// Two databases and an account of their own on the shared servers; none where these may be missing and are.
+    pub async fn nats() -> Option<Self> {
+        let server = servers::required(servers::nats().await)?;
+        let url = server.create_account().expect("an account");
+        Self::on_nats(&url).await
+    }
+
+    /// Two databases on the shared server, and the NATS account at this address.
+    pub async fn on_nats(url: &str) -> Option<Self> {
+        let postgres = servers::required(servers::postgres().await)?;
+        let (producer, consumer) =
+            tokio::join!(postgres.create_database(), postgres.create_database());
+        let urls = (producer.expect("a database"), consumer.expect("a database"));
+        let (producer, consumer) = tokio::join!(open(&urls.0), open(&urls.1));
+        Some(Self {
+            kind: Kind::Nats,
+            producer,
+            consumer,
+            transport: Arc::new(crate::nats::transport(url)),
+            memory: None,
+            amqp_url: None,
+            nats_url: Some(url.to_owned()),
+            urls,
+            group: group(),
+            _folder: None,
+        })
     }
 
     /// The group's queue.
@@ -213,6 +247,9 @@ impl World {
                 client.publish(message).await;
             }
             return;
+        }
+        if let Some(url) = &self.nats_url {
+            return crate::nats::publish(url, &messages).await;
         }
         let publisher = self.transport.publisher().await.expect("a publisher");
         let outcomes = publisher

@@ -1,18 +1,20 @@
-//! `pillarbox-servers [--demo] [postgres] [rabbitmq] -- COMMAND…` runs a command beside test servers and ends them after
+//! `pillarbox-servers [--demo] [postgres] [rabbitmq] [nats] -- COMMAND…` runs a command beside test servers and ends them after
 //! it. Installs nothing. What it prints goes to stderr.
 
 use std::io::Write as _;
 use std::process::ExitCode;
 
 const USAGE: &str = "\
-usage: pillarbox-servers [--demo] [postgres] [rabbitmq] -- COMMAND [ARGUMENT…]
+usage: pillarbox-servers [--demo] [postgres] [rabbitmq] [nats] -- COMMAND [ARGUMENT…]
 
 Starts the named servers on free ports of 127.0.0.1, runs COMMAND, ends the servers and exits with COMMAND's code.
-COMMAND finds them in its environment: TEST_POSTGRES_URL, TEST_AMQP_URL, TEST_AMQP_CONTROL.
+COMMAND finds them in its environment: TEST_POSTGRES_URL, TEST_AMQP_URL, TEST_AMQP_CONTROL, TEST_NATS_URL,
+TEST_NATS_ACCOUNTS.
 A server whose address is in the environment already is used instead of one of our own.
 
-  --demo   also make two databases and a vhost, and put them where the shop's configuration looks for them:
-           PILLARBOX_INVENTORY__STORE__URL, PILLARBOX_ORDERS__STORE__URL, PILLARBOX_TRANSPORT__AMQP__URL.
+  --demo   also make two databases, a vhost and an account, and put them where the shop's configuration looks for them:
+           PILLARBOX_INVENTORY__STORE__URL, PILLARBOX_ORDERS__STORE__URL, PILLARBOX_TRANSPORT__AMQP__URL,
+           PILLARBOX_TRANSPORT__NATS__URL.
            What is set already stays as it is, and a server that only they would need is not started.
 
 Exit code: COMMAND's; 128 and the signal's number when a signal ended it; 2 when a server is missing; 1 when one failed.";
@@ -50,7 +52,7 @@ mod unix {
     use std::os::unix::process::ExitStatusExt as _;
     use std::process::ExitStatus;
 
-    use pillarbox_testkit::servers::{Postgres, RabbitMq, ServerError};
+    use pillarbox_testkit::servers::{Nats, Postgres, RabbitMq, ServerError};
     use rustix::process::{Pid, Signal, getpgrp, kill_process};
     use tokio::process::{Child, Command};
     use tokio::signal::unix::{SignalKind, signal};
@@ -62,6 +64,7 @@ mod unix {
         "PILLARBOX_ORDERS__STORE__URL",
     ];
     const TRANSPORT: &str = "PILLARBOX_TRANSPORT__AMQP__URL";
+    const NATS: &str = "PILLARBOX_TRANSPORT__NATS__URL";
 
     /// What the command line asks for.
     #[derive(Debug, Default, PartialEq)]
@@ -69,6 +72,7 @@ mod unix {
         demo: bool,
         postgres: bool,
         rabbitmq: bool,
+        nats: bool,
         command: Vec<String>,
     }
 
@@ -83,6 +87,7 @@ mod unix {
                     "--demo" => request.demo = true,
                     "postgres" => request.postgres = true,
                     "rabbitmq" => request.rabbitmq = true,
+                    "nats" => request.nats = true,
                     "--help" | "-h" => return Ok(None),
                     "--" => break,
                     other => return Err(format!("unknown word {other:?}")),
@@ -100,6 +105,7 @@ mod unix {
             if self.demo {
                 self.postgres &= !STORES.iter().all(|name| given(name));
                 self.rabbitmq &= !given(TRANSPORT);
+                self.nats &= !given(NATS);
             }
             self
         }
@@ -109,6 +115,7 @@ mod unix {
     struct Servers {
         postgres: Option<Postgres>,
         rabbitmq: Option<RabbitMq>,
+        nats: Option<Nats>,
     }
 
     impl Servers {
@@ -123,7 +130,12 @@ mod unix {
                     server.end().await;
                 }
             };
-            tokio::join!(postgres, rabbitmq);
+            let nats = async {
+                if let Some(server) = self.nats {
+                    server.end().await;
+                }
+            };
+            tokio::join!(postgres, rabbitmq, nats);
         }
 
         /// What the command shall find in its environment.
@@ -139,6 +151,12 @@ mod unix {
                 environment.extend(server.environment());
                 if demo && !is_set(TRANSPORT) {
                     environment.push((TRANSPORT.to_owned(), server.create_vhost().await?));
+                }
+            }
+            if let Some(server) = &self.nats {
+                environment.extend(server.environment());
+                if demo && !is_set(NATS) {
+                    environment.push((NATS.to_owned(), server.create_account()?));
                 }
             }
             Ok(environment)
@@ -198,7 +216,14 @@ mod unix {
                 Ok(None)
             }
         };
-        let (postgres, rabbitmq) = tokio::join!(postgres, rabbitmq);
+        let nats = async {
+            if request.nats {
+                Nats::given_or_started().await.map(Some)
+            } else {
+                Ok(None)
+            }
+        };
+        let (postgres, rabbitmq, nats) = tokio::join!(postgres, rabbitmq, nats);
         // What runs is kept before an error returns: it must be ended, and waited for.
         let mut errors = Vec::new();
         match postgres {
@@ -207,6 +232,10 @@ mod unix {
         }
         match rabbitmq {
             Ok(server) => servers.rabbitmq = server,
+            Err(error) => errors.push(error),
+        }
+        match nats {
+            Ok(server) => servers.nats = server,
             Err(error) => errors.push(error),
         }
         let Some(last) = errors.pop() else {
@@ -318,7 +347,7 @@ mod unix {
         #[test]
         fn words_before_the_dashes_are_ours() {
             let request = parse("postgres -- sh postgres --demo").unwrap().unwrap();
-            assert!(request.postgres && !request.rabbitmq && !request.demo);
+            assert!(request.postgres && !request.rabbitmq && !request.nats && !request.demo);
             assert_eq!(request.command, ["sh", "postgres", "--demo"]);
             assert_eq!(parse("--help").unwrap(), None);
             assert!(parse("kafka -- true").unwrap_err().contains("kafka"));
@@ -337,6 +366,8 @@ mod unix {
             let request = demo().without_given(|name| STORES.contains(&name));
             assert!(!request.postgres && request.rabbitmq);
             assert!(!demo().without_given(|name| name == TRANSPORT).rabbitmq);
+            let nats = parse("--demo nats -- true").unwrap().unwrap();
+            assert!(!nats.without_given(|name| name == NATS).nats);
         }
     }
 }

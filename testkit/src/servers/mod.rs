@@ -1,13 +1,13 @@
-//! Real servers for tests: PostgreSQL and RabbitMQ.
+//! Real servers for tests: PostgreSQL, RabbitMQ and NATS.
 //!
 //! Where a server comes from, in this order:
-//! 1. its address in the environment, `TEST_POSTGRES_URL` or `TEST_AMQP_URL` (never `PILLARBOX_…`: a test must not write
-//!    into what a program is configured for);
+//! 1. its address in the environment, `TEST_POSTGRES_URL`, `TEST_AMQP_URL` or `TEST_NATS_URL` (never `PILLARBOX_…`: a test
+//!    must not write into what a program is configured for);
 //! 2. the programs installed on this machine, started on free loopback ports with their data in a temporary folder.
 //!
-//! [`postgres`] and [`rabbitmq`] give one shared server for each process; a test takes a database or a vhost of its own
-//! from it, so that all tests run side by side. A test that stops or restarts a server starts its own:
-//! [`Postgres::start`], [`RabbitMq::start`]. Several run beside each other, and beside servers on the standard ports, as
+//! [`postgres`], [`rabbitmq`] and [`nats`] give one shared server for each process; a test takes a database, a vhost or an
+//! account of its own from it, so that all tests run side by side. A test that stops or restarts a server starts its own:
+//! [`Postgres::start`], [`RabbitMq::start`], [`Nats::start`]. Several run beside each other, and beside servers on the standard ports, as
 //! root and as an ordinary user. What was started ends with the process that started it, even when that is killed.
 //!
 //! ```no_run
@@ -22,10 +22,12 @@ use std::io::Write as _;
 
 use tokio::sync::OnceCell;
 
+mod nats;
 mod postgres;
 mod process;
 mod rabbitmq;
 
+pub use nats::Nats;
 pub use postgres::{Postgres, Shutdown};
 pub use rabbitmq::RabbitMq;
 
@@ -123,6 +125,15 @@ pub async fn postgres() -> Result<&'static Postgres, ServerError> {
 pub async fn rabbitmq() -> Result<&'static RabbitMq, ServerError> {
     static SHARED: OnceCell<RabbitMq> = OnceCell::const_new();
     SHARED.get_or_try_init(RabbitMq::given_or_started).await
+}
+
+/// The NATS that all tests of this process share: the one at `TEST_NATS_URL`, else one that is started now.
+///
+/// # Errors
+/// See [`Nats::start`].
+pub async fn nats() -> Result<&'static Nats, ServerError> {
+    static SHARED: OnceCell<Nats> = OnceCell::const_new();
+    SHARED.get_or_try_init(Nats::given_or_started).await
 }
 
 /// The server, or `None` when it is missing and may be: then the test prints that it is skipped, and returns.

@@ -25,7 +25,7 @@ in_both_worlds!(
 fn tasks(world: &World) -> Vec<Task> {
     match world.kind {
         Kind::Embedded => vec![Task::both(world)],
-        Kind::Servers => vec![Task::relay(world), Task::consumer(world)],
+        Kind::Servers | Kind::Nats => vec![Task::relay(world), Task::consumer(world)],
     }
 }
 

@@ -34,7 +34,7 @@ async fn one_that_was_frozen_past_its_lease_settles_nothing(world: World) {
     zombie.thaw();
     let gone = match world.kind {
         Kind::Embedded => "lost the lease",
-        Kind::Servers => "holds 0 of",
+        Kind::Servers | Kind::Nats => "holds 0 of",
     };
     zombie.says_after(frozen_at, gone).await;
     // What it had under way may still be going on.

@@ -10,7 +10,7 @@ in_both_worlds!(
     a_log_that_comes_again_as_a_whole_has_no_further_effects,
 );
 
-async fn a_message_that_was_published_twice_has_one_effect(world: World) {
+pub(super) async fn a_message_that_was_published_twice_has_one_effect(world: World) {
     counts::start();
     let outbox = world.outbox();
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;

@@ -70,7 +70,7 @@ async fn one_that_fails_twice_is_called_again_after_1s_and_2s(world: World) {
     assert_eq!(dead_letters(&world.consumer).await, []);
 }
 
-async fn one_that_always_fails_ends_as_a_dead_letter_after_1s_2s_4s(world: World) {
+pub(super) async fn one_that_always_fails_ends_as_a_dead_letter_after_1s_2s_4s(world: World) {
     let outbox = world.outbox();
     let handler = TickHandler::judging(|d| match (d.event.key.as_deref(), d.event.n) {
         (Some("bad"), 1) => Err(error("never works")),

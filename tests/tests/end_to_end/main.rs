@@ -10,6 +10,7 @@ mod failing;
 mod handlers;
 mod late;
 mod later;
+mod nats;
 mod operators;
 mod owners;
 mod pauses;

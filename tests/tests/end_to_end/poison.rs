@@ -24,7 +24,7 @@ fn tick(key: &str, payload: Option<&'static str>) -> Message {
     message
 }
 
-async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World) {
+pub(super) async fn payloads_that_do_not_fit_are_dead_letters_with_the_reason(world: World) {
     let outbox = world.outbox();
     let handler = TickHandler::new();
     // As a JSON Schema would.

@@ -16,7 +16,7 @@ in_both_worlds!(
     ten_thousand_events_of_200_keys_arrive_in_commit_order,
 );
 
-async fn committed_events_have_one_effect_each_in_order(world: World) {
+pub(super) async fn committed_events_have_one_effect_each_in_order(world: World) {
     let outbox = world.outbox();
     let mut consumer = world.ticks(TickHandler::new());
     consumer.bind().await.expect("bind");
@@ -38,7 +38,7 @@ async fn committed_events_have_one_effect_each_in_order(world: World) {
     }
 }
 
-async fn rolled_back_events_have_none(world: World) {
+pub(super) async fn rolled_back_events_have_none(world: World) {
     let outbox = world.outbox();
     let consumer = world.ticks(TickHandler::new()).spawn();
     let relay = world.relay(&outbox).spawn();
@@ -53,7 +53,7 @@ async fn rolled_back_events_have_none(world: World) {
 }
 
 /// Seen by a client that is not ours where there is a wire, and by the effects in both worlds.
-async fn ten_thousand_events_of_200_keys_arrive_in_commit_order(world: World) {
+pub(super) async fn ten_thousand_events_of_200_keys_arrive_in_commit_order(world: World) {
     let outbox = world.outbox();
     let client = match &world.amqp_url {
         Some(url) => Some(Client::connect(url).await),
