@@ -103,9 +103,9 @@ impl Backlog {
             fill(pool, chunk, self.bytes, 1_000).await?;
             left -= chunk;
         }
-        sqlx::raw_sql("VACUUM ANALYZE pillarbox.outbox; CHECKPOINT")
-            .execute(pool)
-            .await?;
+        for sql in ["VACUUM ANALYZE pillarbox.outbox", "CHECKPOINT"] {
+            sqlx::raw_sql(sql).execute(pool).await?;
+        }
         Ok(())
     }
 }
@@ -138,9 +138,9 @@ async fn drained(mut process: Process, events: u32) -> Measured<Drained> {
 
 /// Gives the disk back.
 async fn drop_database(pool: &sqlx::PgPool) -> Measured<()> {
-    sqlx::raw_sql("TRUNCATE pillarbox.outbox; CHECKPOINT")
-        .execute(pool)
-        .await?;
+    for sql in ["TRUNCATE pillarbox.outbox", "CHECKPOINT"] {
+        sqlx::raw_sql(sql).execute(pool).await?;
+    }
     pool.close().await;
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::{io::Write as _, process::Stdio, sync::Arc, time::Duration};
 
 use clap::Args;
-use pillarbox::{Consumer, Outbox, Running, transport::Transport};
+use pillarbox::{Consumer, Outbox, transport::Transport};
 use pillarbox_amqp::QueueType;
 use sqlx::postgres::PgPoolOptions;
 use tokio::{
@@ -59,12 +59,9 @@ impl Part {
         tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink()))
             .await??;
         told.abort();
-        stop(running).await
+        running.shutdown().await?;
+        Ok(())
     }
-}
-
-async fn stop(running: Running) -> Measured<()> {
-    Ok(running.shutdown().await?)
 }
 
 /// `CONFIRMED HELD`, whenever one of them has changed.
