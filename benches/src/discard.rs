@@ -1,5 +1,7 @@
 //! A transport that takes everything and keeps nothing: what is left is the relay and its database.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use futures_util::{FutureExt, future::BoxFuture};
 use pillarbox::transport::{
@@ -37,7 +39,7 @@ impl Transport for Discard {
 }
 
 impl Publisher for Discard {
-    fn publish(&self, messages: Vec<Message>) -> BoxFuture<'static, Vec<Outcome>> {
+    fn publish(&self, messages: Vec<Arc<Message>>) -> BoxFuture<'static, Vec<Outcome>> {
         async move { messages.iter().map(|_| Outcome::Stored).collect() }.boxed()
     }
 }
