@@ -8,6 +8,9 @@ use crate::{Measured, retention::Sample};
 
 const SIZE: (u32, u32) = (900, 420);
 
+/// What it is called, its colour, and what it shows.
+type Line = (&'static str, RGBColor, fn(&Sample) -> f64);
+
 /// Sizes of the tables over time.
 pub(crate) fn sizes(path: &Path, samples: &[Sample]) -> Measured<()> {
     if let Some(folder) = path.parent() {
@@ -31,7 +34,7 @@ pub(crate) fn sizes(path: &Path, samples: &[Sample]) -> Measured<()> {
         .y_desc("MiB")
         .light_line_style(WHITE)
         .draw()?;
-    let lines: [(&str, RGBColor, fn(&Sample) -> f64); 2] = [
+    let lines: [Line; 2] = [
         ("log", RGBColor(31, 119, 180), |s| s.log),
         (
             "all other tables of the engine",
