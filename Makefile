@@ -16,7 +16,7 @@ programs = $(TARGET)/$(patsubst dev,debug,$(1))
 servers = $(call programs,$(1))/pillarbox-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test soak bench check
+.PHONY: help demo run test soak simulate bench bench-long check
 
 ## help       this list
 help:
@@ -55,11 +55,24 @@ soak:
 	cargo test --workspace --release --no-run
 	$(call servers,release) postgres rabbitmq nats -- cargo test --workspace --release $(ARGS) -- --nocapture
 
+## simulate   the deterministic simulation for long: SEEDS=1000000 (default), FROM=0, PROFILE=release; a failing seed prints its command
+simulate: export PILLARBOX_SEEDS = $(or $(SEEDS),1000000)
+simulate: export PILLARBOX_FROM = $(or $(FROM),0)
+simulate:
+	cargo test --profile $(PROFILE) -p pillarbox-core --all-features --lib -- --nocapture simulation::tests::a_
+
 ## bench      measures the relay against a raw client, and the consumer with batches and workers
 bench:
 	testkit/install-servers.sh
 	cargo build --release -p pillarbox-benches -p pillarbox-testkit --bins
 	$(call servers,release) postgres rabbitmq -- $(call programs,release)/pillarbox-benches $(ARGS)
+
+## bench-long what takes long to measure, about an hour, one after the other, into REPORT=docs/benchmarks (a text and a plot)
+bench-long: REPORT ?= docs/benchmarks
+bench-long:
+	testkit/install-servers.sh
+	cargo build --release -p pillarbox-benches -p pillarbox-testkit --bins
+	$(call servers,release) postgres rabbitmq -- benches/long.sh $(call programs,release)/pillarbox-benches $(REPORT)
 
 ## check      format, lints and documentation, as CI asks for them
 check: export RUSTDOCFLAGS = -D warnings

@@ -39,7 +39,7 @@ pub(crate) struct Consume {
 }
 
 #[derive(serde::Deserialize)]
-struct Tick(i64);
+pub(crate) struct Tick(i64);
 
 impl Event for Tick {
     const TYPE: &'static str = KIND;
@@ -50,7 +50,13 @@ impl Event for Tick {
 }
 
 /// One row for each event.
-struct Insert(Duration);
+pub(crate) struct Insert(Duration);
+
+impl Insert {
+    pub(crate) fn at_once() -> Self {
+        Self(Duration::ZERO)
+    }
+}
 
 impl Handler<Tick> for Insert {
     async fn handle(&self, d: Delivery<Tick>, cx: &mut Context<'_>) -> Result<(), Failure> {

@@ -4,11 +4,20 @@
 //! Absolute figures belong to the machine; compare the ratios. Servers come from `TEST_POSTGRES_URL` and
 //! `TEST_AMQP_URL`, else they are started.
 
+mod backlog;
 mod consume;
+mod discard;
 mod drain;
+mod enqueue;
+mod idle;
 mod latency;
+mod long;
 mod memory;
+mod plot;
+mod process;
 mod raw;
+mod relays;
+mod retention;
 mod stage;
 
 use clap::{Args, Command, Parser, Subcommand};
@@ -34,9 +43,24 @@ enum What {
     Latency(latency::Latency),
     /// Peak memory of a relay with a small and with a large backlog.
     Memory(memory::Memory),
+    /// Transactions a second of writers with an enqueue, beside a plain table and nothing; bytes of WAL; lock waits.
+    Enqueue(enqueue::Enqueue),
+    /// Queries a second and processor time of a relay and a consumer that have nothing to do.
+    Idle(idle::Idle),
+    /// The relay beside transactions that stay open for the whole run.
+    Long(long::Long),
+    /// One relay process, and two that share the partitions.
+    Relays(relays::Relays),
+    /// Large backlogs beside small ones, and the memory of the relay that drains them.
+    Backlog(backlog::Backlog),
+    /// Sizes of the tables at load and with a short retention, as a plot.
+    Retention(retention::Retention),
     /// A relay by itself, for the other measurements.
     #[command(hide = true)]
     Relay(memory::Child),
+    /// A relay or a consumer by itself, for the other measurements.
+    #[command(hide = true)]
+    Part(process::Part),
 }
 
 #[tokio::main]
@@ -46,7 +70,14 @@ async fn main() -> Measured<()> {
         Some(What::Consume(consume)) => consume.run().await,
         Some(What::Latency(latency)) => latency.run().await,
         Some(What::Memory(memory)) => memory.run().await,
+        Some(What::Enqueue(enqueue)) => enqueue.run().await,
+        Some(What::Idle(idle)) => idle.run().await,
+        Some(What::Long(long)) => long.run().await,
+        Some(What::Relays(relays)) => relays.run().await,
+        Some(What::Backlog(backlog)) => backlog.run().await,
+        Some(What::Retention(retention)) => retention.run().await,
         Some(What::Relay(child)) => child.run().await,
+        Some(What::Part(part)) => part.run().await,
         None => {
             defaults::<drain::Drain>().run().await?;
             defaults::<consume::Consume>().run().await?;

@@ -16,7 +16,7 @@ use pillarbox::{
     transport::{Binding, Message, Outcome, Publisher, Result, Source, Subscription, Transport},
 };
 use pillarbox_amqp::{Amqp, Config, Queue, QueueType};
-use pillarbox_testkit::servers;
+use pillarbox_testkit::servers::{self, Postgres};
 use sqlx::{PgPool, postgres::PgPoolOptions};
 use tokio::sync::Notify;
 
@@ -63,27 +63,58 @@ impl Stage {
 
     /// Commits a backlog by plain SQL: payloads of `bytes`, `keys` keys in turn.
     pub(crate) async fn fill(&self, events: u32, bytes: u32, keys: u32) -> Measured<()> {
-        let sql = "INSERT INTO pillarbox.outbox (topic, type, key, payload, content_type)
-                   SELECT $1, $2, 'key-' || (n % $3), convert_to(rpad(n::text, $4, '.'), 'UTF8'), 'text/plain'
-                   FROM generate_series(1, $5) n ORDER BY n";
-        let (keys, bytes, events) = (
-            keys.cast_signed(),
-            bytes.cast_signed(),
-            events.cast_signed(),
-        );
-        sqlx::query(sql)
-            .bind(TOPIC)
-            .bind(KIND)
-            .bind(keys)
-            .bind(bytes)
-            .bind(events)
-            .execute(&self.pool)
-            .await?;
+        fill(&self.pool, events, bytes, keys).await?;
         for put_off in ["VACUUM ANALYZE pillarbox.outbox", "CHECKPOINT"] {
             sqlx::query(put_off).execute(&self.pool).await?;
         }
         Ok(())
     }
+}
+
+/// A fresh, migrated database on a server of a measurement's own.
+pub(crate) async fn database(on: &Postgres) -> Measured<(String, PgPool)> {
+    let url = on.create_database().await?;
+    let pool = PgPoolOptions::new()
+        .max_connections(8)
+        .connect(&url)
+        .await?;
+    pillarbox::migrate(&pool).await?;
+    Ok((url, pool))
+}
+
+/// Commits so many events in one transaction.
+pub(crate) async fn fill(pool: &PgPool, events: u32, bytes: u32, keys: u32) -> Measured<()> {
+    let sql = "INSERT INTO pillarbox.outbox (topic, type, key, payload, content_type)
+               SELECT $1, $2, 'key-' || (n % $3), convert_to(rpad(n::text, $4, '.'), 'UTF8'), 'text/plain'
+               FROM generate_series(1, $5) n ORDER BY n";
+    sqlx::query(sql)
+        .bind(TOPIC)
+        .bind(KIND)
+        .bind(keys.cast_signed())
+        .bind(bytes.cast_signed())
+        .bind(events.cast_signed())
+        .execute(pool)
+        .await?;
+    Ok(())
+}
+
+/// The middle one, of an even number the mean of the two in the middle.
+pub(crate) fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.as_slice() {
+        [] => f64::NAN,
+        all if all.len() % 2 == 1 => all[middle],
+        all => f64::midpoint(all[middle - 1], all[middle]),
+    }
+}
+
+/// The least and the most.
+pub(crate) fn spread(values: &[f64]) -> (f64, f64) {
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    (least, most)
 }
 
 /// RabbitMQ with one queue, and this many publishing channels in each session.
@@ -146,6 +177,19 @@ impl Count {
     /// Since the first publish: the clock of the raw client starts with open channels, too.
     pub(crate) fn took(&self) -> Duration {
         self.first.get().map(Instant::elapsed).unwrap_or_default()
+    }
+
+    /// How many so far.
+    pub(crate) fn stored(&self) -> u64 {
+        self.stored.load(Relaxed)
+    }
+
+    /// Waits for so many.
+    pub(crate) async fn until(&self, stored: u64) {
+        let mut looks = tokio::time::interval(Duration::from_millis(2));
+        while self.stored() < stored {
+            looks.tick().await;
+        }
     }
 }
 

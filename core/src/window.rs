@@ -553,10 +553,10 @@ impl<T> Window<T> {
     }
 
     fn forget(&mut self, key: &Key) {
-        if let hash_map::Entry::Occupied(entry) = self.keys.entry(key.clone()) {
-            if entry.get().is_idle() {
-                entry.remove();
-            }
+        if let hash_map::Entry::Occupied(entry) = self.keys.entry(key.clone())
+            && entry.get().is_idle()
+        {
+            entry.remove();
         }
     }
 

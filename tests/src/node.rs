@@ -36,6 +36,8 @@ pub struct Task {
     pub work_ms: u64,
     /// The handler fails at its first attempt on each so-manieth of a key; 0 is never.
     pub fails_each: u32,
+    /// Most events of a partition that a fault may repeat; 0 is the relay's default.
+    pub window: usize,
 }
 
 impl Task {
@@ -51,6 +53,7 @@ impl Task {
             hold_acks: false,
             work_ms: 0,
             fails_each: 0,
+            window: 0,
         }
     }
 

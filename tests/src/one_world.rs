@@ -137,6 +137,7 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         Servers,
         NO_SERVER,
     ),
+    ("no_storm_of_faults_breaks_a_promise", Servers, NO_SERVER),
     ("a_wrong_password_is_told_and_not_shown", Servers, NO_SERVER),
     (
         "memory_is_held_by_one_at_a_time",

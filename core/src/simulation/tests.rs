@@ -17,6 +17,7 @@ const CONSUMER_SEEDS: u64 = 10_000;
 const SOAK_SEEDS: u64 = 500_000;
 /// So many failing seeds are enough to judge.
 const FAILURES: u64 = 5;
+const TOLD_EACH: u64 = 50_000;
 /// A schedule takes milliseconds. One that takes this long goes round in a circle without its clock moving.
 const STUCK: Duration = Duration::from_secs(120);
 
@@ -31,7 +32,7 @@ fn number(name: &str) -> Option<u64> {
     }
 }
 
-/// The seeds to run: the same ones in CI each time, others in each soak.
+/// The seeds to run: the same ones in CI each time, others in each soak, and those from `PILLARBOX_FROM` on if it is set.
 fn seeds(count: u64) -> std::ops::Range<u64> {
     let soak = std::env::var_os("PILLARBOX_SOAK").is_some();
     let from = if soak {
@@ -41,11 +42,12 @@ fn seeds(count: u64) -> std::ops::Range<u64> {
         0
     };
     let count = if soak { SOAK_SEEDS } else { count };
-    from..from + number("PILLARBOX_SEEDS").unwrap_or(count)
+    let from = number("PILLARBOX_FROM").unwrap_or(from);
+    from..from.saturating_add(number("PILLARBOX_SEEDS").unwrap_or(count))
 }
 
 /// `PILLARBOX_SEED=n` runs that seed alone and tells what happens; `PILLARBOX_SEEDS=n` runs so many.
-fn every_schedule(run: Run, count: u64) {
+fn every_schedule(test: &str, run: Run, count: u64) {
     if let Some(seed) = number("PILLARBOX_SEED") {
         let outcome = run(seed, true);
         println!("{}", outcome.story.join("\n"));
@@ -61,19 +63,28 @@ fn every_schedule(run: Run, count: u64) {
     let first = failed.keys().next().copied().unwrap_or_default();
     assert!(
         failed.is_empty(),
-        "rerun with PILLARBOX_SEED={first}: {failed:#?}"
+        "{failed:#?}\nrun it again with:\n  PILLARBOX_SEED={first} cargo test -p pillarbox-core --all-features \
+         --lib -- --nocapture simulation::tests::{test}"
     );
     println!("schedules {seeds:?} in {:?}", begun.elapsed());
 }
 
 #[test]
 fn a_relay_keeps_every_promise_in_every_schedule() {
-    every_schedule(relay, RELAY_SEEDS);
+    every_schedule(
+        "a_relay_keeps_every_promise_in_every_schedule",
+        relay,
+        RELAY_SEEDS,
+    );
 }
 
 #[test]
 fn a_consumer_keeps_every_promise_in_every_schedule() {
-    every_schedule(consume, CONSUMER_SEEDS);
+    every_schedule(
+        "a_consumer_keeps_every_promise_in_every_schedule",
+        consume,
+        CONSUMER_SEEDS,
+    );
 }
 
 /// Runs seeds on all cores until some have failed.
@@ -105,7 +116,14 @@ fn run_all(run: Run, seeds: &std::ops::Range<u64>) -> BTreeMap<u64, Vec<String>>
         let mut running = BTreeMap::new();
         loop {
             match watch.recv_timeout(STUCK) {
-                Ok((worker, seed)) => drop(running.insert(worker, seed)),
+                Ok((worker, seed)) => {
+                    running.insert(worker, seed);
+                    // A long run says how far it is.
+                    let done = seed - seeds.start;
+                    if done > 0 && done.is_multiple_of(TOLD_EACH) {
+                        eprintln!("{done} of {} schedules", seeds.end - seeds.start);
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {
                     eprintln!("these seeds go round in a circle: {:?}", running.values());

@@ -104,6 +104,7 @@ struct Node {
     term: LeaseTerm,
     work: Duration,
     fails_each: u32,
+    window: usize,
 }
 
 impl Node {
@@ -123,6 +124,7 @@ impl Node {
             term: LeaseTerm::new(Duration::from_millis(task.lease_ms)),
             work: Duration::from_millis(task.work_ms),
             fails_each: task.fails_each,
+            window: task.window,
         })
     }
 
@@ -154,10 +156,13 @@ impl Node {
     }
 
     fn relay(&self, database: &Database) -> Relay {
-        let settings = RelaySettings {
+        let mut settings = RelaySettings {
             lease: self.term,
             ..RelaySettings::default()
         };
+        if self.window > 0 {
+            settings.window.unsettled = self.window;
+        }
         Relay::new(&Outbox::new(database), self.transport.clone())
             .source("producer")
             .settings(settings)

@@ -1,11 +1,13 @@
 //! Processes, connections and servers that end at any moment: nothing is lost, nothing doubled, the order kept.
 
 mod held;
+mod joining;
 mod kills;
 mod network;
 mod outages;
 mod restarts;
 mod secrets;
+mod storm;
 mod zombies;
 
 use std::time::Duration;
