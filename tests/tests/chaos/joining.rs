@@ -24,14 +24,14 @@ async fn instances_that_join_and_leave_keep_order_and_effects(world: World) {
     tap(&world).await;
     let consumer = match world.kind {
         Kind::Embedded => Task::both(&world),
-        Kind::Servers => Task::consumer(&world),
+        Kind::Servers | Kind::Nats => Task::consumer(&world),
     };
     // Retries are under way while they come and go.
     let task = Task {
         fails_each: 7,
         ..consumer
     };
-    let mut relay = (world.kind == Kind::Servers).then(|| Node::start(NODE, &Task::relay(&world)));
+    let mut relay = (world.kind != Kind::Embedded).then(|| Node::start(NODE, &Task::relay(&world)));
     let mut instances: Vec<Node> = (0..INSTANCES).map(|_| Node::start(NODE, &task)).collect();
     let writers = Writers::start(&world.outbox(), STEADY, seed).await;
     let end = Instant::now() + Duration::from_secs(if is_soak() { 60 } else { 15 });
