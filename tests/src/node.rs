@@ -36,6 +36,8 @@ pub struct Task {
     pub work_ms: u64,
     /// The handler fails at its first attempt on each so-manieth of a key; 0 is never.
     pub fails_each: u32,
+    /// The handler ends the process over this key.
+    pub aborts_on: Option<String>,
 }
 
 impl Task {
@@ -51,6 +53,7 @@ impl Task {
             hold_acks: false,
             work_ms: 0,
             fails_each: 0,
+            aborts_on: None,
         }
     }
 
@@ -169,6 +172,11 @@ impl Node {
     /// SIGKILL; returns when it is gone.
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("a kill");
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
     }
 
     /// SIGTERM: drains. Returns whether it ended well.

@@ -4,8 +4,10 @@ mod held;
 mod kills;
 mod network;
 mod outages;
+mod poison;
 mod restarts;
 mod secrets;
+mod shares;
 mod zombies;
 
 use std::time::Duration;

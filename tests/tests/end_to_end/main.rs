@@ -12,12 +12,15 @@ mod late;
 mod later;
 mod operators;
 mod owners;
+mod panics;
 mod pauses;
 mod poison;
 mod refused;
 mod replays;
 mod settings;
+mod shares;
 mod start;
+mod suspects;
 mod way;
 mod workers;
 
