@@ -26,7 +26,7 @@ use crate::{
 impl Relay {
     /// Serves this destination instead of `main`: a set of cursors of its own over the same log, with this relay's transport and
     /// [topics](Relay::topics). It must be there ([`Admin::add_destination`](crate::Admin::add_destination)), or
-    /// [`Relay::start`] say where it begins; else the relay ends with [`Kind::NotFound`](crate::Kind::NotFound), and so it does
+    /// [`Relay::start`] say where it begins; else the relay ends with [`Kind::NotFound`], and so it does
     /// when the destination is removed.
     ///
     /// The log keeps what any destination has not published: one that nobody serves any more must be removed.

@@ -25,7 +25,9 @@ in_both_worlds!(
 
 /// Handlers that note number and mark of what they are given.
 #[derive(Clone, Default)]
-struct Seen(Arc<Mutex<Vec<(u32, Option<String>)>>>);
+struct Seen(Arc<Mutex<Vec<Came>>>);
+
+type Came = (u32, Option<String>);
 
 impl Seen {
     fn handler(&self) -> TickHandler {
@@ -38,7 +40,7 @@ impl Seen {
         })
     }
 
-    fn all(&self) -> Vec<(u32, Option<String>)> {
+    fn all(&self) -> Vec<Came> {
         self.0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -92,7 +94,8 @@ async fn a_replay_brings_a_late_group_its_events_and_the_others_no_second_effect
     let gone = admin
         .run_replay("again", world.relay(&outbox), ready(()), |_| {})
         .await;
-    assert_eq!(gone.unwrap_err().kind(), Kind::NotFound);
+    let gone = gone.expect_err("it is through");
+    assert_eq!(gone.kind(), Kind::NotFound);
 
     // Whoever has applied them does not apply them again.
     world.commit(&outbox, &[Tick::new("key-1", 7)]).await;

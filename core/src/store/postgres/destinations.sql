@@ -1,4 +1,4 @@
--- Version 4: destinations by name, and a log that finds itself in another cluster. @schema@ is the quoted name.
+-- Version 5: destinations by name, and a log that finds itself in another cluster. @schema@ is the quoted name.
 
 CREATE TABLE IF NOT EXISTS @schema@.destination (
   name         text PRIMARY KEY,

@@ -1,4 +1,4 @@
--- Version 4: destinations by name. {p} is the prefix.
+-- Version 5: destinations by name. {p} is the prefix.
 
 -- What is said about each destination, and the record of those that were removed. unserved: microseconds without a relay of
 -- its own, counted by the cleaner while it runs. replay: what is sent again, as JSON; NULL: no replay.
