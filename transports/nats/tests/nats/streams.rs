@@ -202,7 +202,7 @@ async fn a_group_gets_the_types_that_it_has_handlers_for() {
     let nats = nats(&url);
     let source = soon(nats.bind(&binding(&[KIND]))).await.unwrap().remove(0);
     let kind = |id: usize| Message {
-        kind: if id % 3 == 0 {
+        kind: if id.is_multiple_of(3) {
             KIND.into()
         } else {
             "inventory.stock.other".into()
