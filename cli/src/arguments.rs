@@ -34,7 +34,7 @@ pub(crate) enum Command {
     Status(Status),
     /// What was given up: look at it, put it back, discard it, export it.
     #[command(subcommand)]
-    DeadLetters(DeadLetters),
+    DeadLetters(Box<DeadLetters>),
     Completions(Completions),
 }
 
