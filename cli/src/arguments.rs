@@ -2,7 +2,8 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     commands::{
-        completions::Completions, dead_letters::DeadLetters, migrate::Migrate, relay::Relay,
+        completions::Completions, dead_letters::DeadLetters, destinations::Destinations,
+        migrate::Migrate, pause::Pause, relay::Relay, replay::Replay, resume::Resume,
         status::Status,
     },
     failure::Result,
@@ -32,9 +33,15 @@ pub(crate) enum Command {
     Migrate(Migrate),
     Relay(Relay),
     Status(Status),
+    Pause(Pause),
+    Resume(Resume),
+    /// Named sets of cursors over the log, each with a broker of its own: look at them, add one, remove one.
+    #[command(subcommand)]
+    Destinations(Destinations),
+    Replay(Box<Replay>),
     /// What was given up: look at it, put it back, discard it, export it.
     #[command(subcommand)]
-    DeadLetters(DeadLetters),
+    DeadLetters(Box<DeadLetters>),
     Completions(Completions),
 }
 
@@ -44,6 +51,10 @@ impl Command {
             Self::Migrate(migrate) => migrate.run().await,
             Self::Relay(relay) => relay.run().await,
             Self::Status(status) => status.run().await,
+            Self::Pause(pause) => pause.run().await,
+            Self::Resume(resume) => resume.run().await,
+            Self::Destinations(destinations) => destinations.run().await,
+            Self::Replay(replay) => replay.run().await,
             Self::DeadLetters(dead_letters) => dead_letters.run().await,
             Self::Completions(completions) => completions.run(),
         }
@@ -55,6 +66,10 @@ impl Command {
             Self::Migrate(migrate) => migrate.place.json,
             Self::Relay(relay) => relay.place.json,
             Self::Status(status) => status.place.json,
+            Self::Pause(pause) => pause.place.json,
+            Self::Resume(resume) => resume.place.json,
+            Self::Destinations(destinations) => destinations.place().json,
+            Self::Replay(replay) => replay.place.json,
             Self::DeadLetters(dead_letters) => dead_letters.place().json,
             Self::Completions(_) => false,
         }

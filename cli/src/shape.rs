@@ -16,6 +16,7 @@ pub(crate) struct Status {
     destinations: Vec<Destination>,
     groups: Vec<Group>,
     duties: Vec<Duty>,
+    pauses: Vec<Pause>,
     findings: Vec<String>,
 }
 
@@ -86,13 +87,18 @@ struct Exceptions {
 }
 
 impl Status {
-    pub(crate) fn new(status: &admin::Status, findings: &[String]) -> Self {
+    pub(crate) fn new(
+        status: &admin::Status,
+        pauses: &[admin::Pause],
+        findings: &[String],
+    ) -> Self {
         Self {
             schema: (&status.installation).into(),
             seen: rfc3339(status.seen),
             destinations: status.destinations.iter().map(Into::into).collect(),
             groups: status.groups.iter().map(Into::into).collect(),
             duties: status.duties.iter().map(Into::into).collect(),
+            pauses: pauses.iter().map(Into::into).collect(),
             findings: findings.to_vec(),
         }
     }
@@ -290,4 +296,116 @@ impl DryRun {
 fn seconds(d: Duration) -> f64 {
     // To the millisecond: the rest is noise of the two clock readings.
     (d.as_secs_f64() * 1_000.0).round() / 1_000.0
+}
+
+/// A pause, as `pause`, `resume` and `status` show it.
+#[derive(Serialize)]
+pub(crate) struct Pause {
+    side: &'static str,
+    scope: String,
+    topic: Option<String>,
+    key: Option<String>,
+    since: String,
+    until: String,
+    reason: String,
+    operator: String,
+}
+
+impl From<&admin::Pause> for Pause {
+    fn from(p: &admin::Pause) -> Self {
+        Self {
+            side: p.target.side.as_str(),
+            scope: p.target.scope.clone(),
+            topic: p.target.topic.clone(),
+            key: p.target.key.clone(),
+            since: rfc3339(p.since),
+            until: rfc3339(p.until),
+            reason: p.reason.clone(),
+            operator: p.operator.clone(),
+        }
+    }
+}
+
+/// A destination, as `destinations list` shows it.
+#[derive(Serialize)]
+pub(crate) struct KnownDestination {
+    name: String,
+    start: String,
+    added: String,
+    served: bool,
+    unserved_seconds: f64,
+    lag_seconds: f64,
+    behind: u64,
+    deferred: u64,
+    parked: u64,
+    scheduled: u64,
+    dead_letters: u64,
+}
+
+impl From<&admin::Destination> for KnownDestination {
+    fn from(d: &admin::Destination) -> Self {
+        Self {
+            name: d.name.clone(),
+            start: d.start.to_string(),
+            added: rfc3339(d.added),
+            served: d.is_served(),
+            unserved_seconds: seconds(d.unserved),
+            lag_seconds: seconds(d.lag),
+            behind: d.behind,
+            deferred: d.deferred,
+            parked: d.parked,
+            scheduled: d.scheduled,
+            dead_letters: d.dead_letters,
+        }
+    }
+}
+
+/// A destination that was removed, and what was lost by it.
+#[derive(Serialize)]
+pub(crate) struct Removed {
+    name: String,
+    at: String,
+    why: String,
+    unpublished: u64,
+    deferred: u64,
+    dead_letters: u64,
+}
+
+impl From<&admin::Removed> for Removed {
+    fn from(r: &admin::Removed) -> Self {
+        Self {
+            name: r.name.clone(),
+            at: rfc3339(r.at),
+            why: r.why.clone(),
+            unpublished: r.unpublished,
+            deferred: r.deferred,
+            dead_letters: r.dead_letters,
+        }
+    }
+}
+
+/// What a replay would send.
+#[derive(Serialize)]
+pub(crate) struct ReplayPlan {
+    dry_run: bool,
+    events: u64,
+    first: Option<String>,
+    last: Option<String>,
+    forgotten: u64,
+    gone_position: Option<i64>,
+    gone_time: Option<String>,
+}
+
+impl From<&admin::ReplayPlan> for ReplayPlan {
+    fn from(p: &admin::ReplayPlan) -> Self {
+        Self {
+            dry_run: true,
+            events: p.events,
+            first: p.between.map(|(first, _)| rfc3339(first)),
+            last: p.between.map(|(_, last)| rfc3339(last)),
+            forgotten: p.forgotten,
+            gone_position: p.gone.map(|g| g.position),
+            gone_time: p.gone.map(|g| rfc3339(g.time)),
+        }
+    }
 }

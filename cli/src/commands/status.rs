@@ -30,10 +30,13 @@ pub(crate) struct Status {
 
 impl Status {
     pub(crate) async fn run(self) -> Result<()> {
-        let status = self.place.admin("status").await?.status().await?;
+        let admin = self.place.admin("status").await?;
+        let (status, pauses) = (admin.status().await?, admin.pauses().await?);
         let findings = self.findings(&status);
-        let shape = shape::Status::new(&status, &findings);
-        self.place.answer().give(&shape, || text(&status))?;
+        let shape = shape::Status::new(&status, &pauses, &findings);
+        self.place
+            .answer()
+            .give(&shape, || text(&status, &pauses))?;
         match findings.as_slice() {
             [] => Ok(()),
             findings => Err(Failure::Finding(findings.join("; "))),
@@ -56,7 +59,7 @@ impl Status {
     }
 }
 
-fn text(status: &admin::Status) -> String {
+fn text(status: &admin::Status, pauses: &[admin::Pause]) -> String {
     let schema = &status.installation;
     let mut text = format!(
         "schema {}, version {}, {} partitions; seen {}\n",
@@ -96,6 +99,9 @@ fn text(status: &admin::Status) -> String {
         let rows: Vec<_> = group.sources.iter().map(source).collect();
         let heads = ["source", "partition", "owner", "lease", "epoch", "position"];
         text.push_str(&table(2, &heads, &rows));
+    }
+    for pause in pauses {
+        let _ = write!(text, "\n{}\n", plain(&pause.to_string(), 2_000));
     }
     text
 }

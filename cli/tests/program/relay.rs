@@ -19,13 +19,13 @@ use tokio::{
 use crate::program::{Config, PATIENCE, ended, psql};
 
 /// A relay that runs, and what it has said on stderr.
-struct Relay {
+pub(crate) struct Relay {
     child: Child,
     said: watch::Receiver<String>,
 }
 
 impl Relay {
-    fn start(config: &Config, more: &[&str]) -> Self {
+    pub(crate) fn start(config: &Config, more: &[&str]) -> Self {
         let mut command = config.command(&[&["relay", "--json"][..], more].concat());
         let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
@@ -41,26 +41,26 @@ impl Relay {
         Self { child, said }
     }
 
-    async fn says(&mut self, what: &str) {
+    pub(crate) async fn says(&mut self, what: &str) {
         let heard = tokio::time::timeout(PATIENCE, self.said.wait_for(|said| said.contains(what)));
         let heard = heard.await.is_ok_and(|h| h.is_ok());
         assert!(heard, "no {what:?} in {}", *self.said.borrow());
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         let id = self.child.id().and_then(|id| i32::try_from(id).ok());
         kill_process(id.and_then(Pid::from_raw).unwrap(), signal).unwrap();
     }
 
     /// Its exit code and answer.
-    async fn ended(self) -> (i32, String) {
+    pub(crate) async fn ended(self) -> (i32, String) {
         let ran = ended(self.child).await;
         (ran.code, ran.out)
     }
 }
 
 /// The producer's database and the broker. What no queue is bound for is given up at once.
-fn config(url: &str, amqp: &str) -> Config {
+pub(crate) fn config(url: &str, amqp: &str) -> Config {
     Config::new(&format!(
         "[store]\nurl = '{url}'\n\
          [transport]\nkind = 'amqp'\n\
@@ -72,7 +72,7 @@ fn config(url: &str, amqp: &str) -> Config {
 }
 
 /// A client whose queue gets what is known.
-async fn tap(amqp: &str) -> Client {
+pub(crate) async fn tap(amqp: &str) -> Client {
     let client = Client::connect(amqp).await;
     let quorum = ("x-queue-type", AMQPValue::LongString("quorum".into()));
     client.queue("tap", "test.known.#", &[quorum]).await;

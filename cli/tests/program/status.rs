@@ -32,7 +32,7 @@ async fn an_idle_database_is_well(world: World) {
         main["exceptions"],
         json!({ "deferred": 0, "parked": 0, "longest_line": 0, "scheduled": 0, "dead_letters": 0 })
     );
-    for none in ["groups", "duties", "findings"] {
+    for none in ["groups", "duties", "pauses", "findings"] {
         assert_eq!(status[none], json!([]), "{status}");
     }
     let seen = status["seen"].as_str().unwrap();
