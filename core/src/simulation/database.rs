@@ -13,7 +13,6 @@ use crate::{
     cursor::Progress,
     error::{Error, Kind, Result},
     event::Key,
-    failure::LineId,
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
 };
 
@@ -42,14 +41,6 @@ pub(super) struct LeaseRow {
     pub(super) progress: Progress,
     pub(super) position: Option<u64>,
     pub(super) identity: String,
-    pub(super) deaths: u32,
-    pub(super) alone: Option<LineId>,
-}
-
-impl LeaseRow {
-    pub(super) fn is_free(&self, now: i64) -> bool {
-        self.expires_at <= now || self.expires_at > now + millis(LeaseTerm::LONGEST)
-    }
 }
 
 #[derive(Debug, Clone)]
@@ -259,15 +250,12 @@ impl Database {
     ) -> Option<Acquired> {
         let name = key.to_string();
         let mut row = self.state.leases.get(&name).cloned().unwrap_or_default();
-        if !row.is_free(now) {
+        let free = row.expires_at <= now || row.expires_at > now + millis(LeaseTerm::LONGEST);
+        if !free {
             return None;
         }
-        match row.owner.replace(owner) {
-            Some(before) => {
-                self.tokens.remove(&before);
-                row.deaths += 1;
-            }
-            None => (row.deaths, row.alone) = (0, None),
+        if let Some(before) = row.owner.replace(owner) {
+            self.tokens.remove(&before);
         }
         row.epoch += 1;
         row.expires_at = now + millis(term.term());
@@ -287,8 +275,6 @@ impl Database {
             since: None,
             position: row.position,
             reset,
-            deaths: row.deaths,
-            alone: row.alone.clone(),
         };
         self.tokens.insert(owner);
         self.commit(None, vec![Change::Lease(name, row)], true);

@@ -5,7 +5,6 @@ mod crash;
 mod destinations;
 mod fences;
 mod log;
-mod repartition;
 mod retention;
 mod standby;
 mod stress;

@@ -5,10 +5,8 @@ mod joining;
 mod kills;
 mod network;
 mod outages;
-mod poison;
 mod restarts;
 mod secrets;
-mod shares;
 mod storm;
 mod zombies;
 

@@ -13,15 +13,12 @@ mod later;
 mod nats;
 mod operators;
 mod owners;
-mod panics;
 mod pauses;
 mod poison;
 mod refused;
 mod replays;
 mod settings;
-mod shares;
 mod start;
-mod suspects;
 mod way;
 mod workers;
 

@@ -21,7 +21,6 @@ const STEPS: &[(i32, &str)] = &[
     (3, include_str!("schema_3.sql")),
     (4, include_str!("pause.sql")),
     (5, include_str!("destinations.sql")),
-    (6, include_str!("schema_6.sql")),
 ];
 
 /// The longest that making the schema takes, with the wait for another program that is making it.
@@ -31,15 +30,15 @@ pub(super) struct Statements {
     pub(super) partitions: Text,
     exists: Text,
     installed: Text,
-    pub(super) lock: Text,
+    lock: Text,
     note: Text,
 }
 
 /// What the schema says about itself.
-pub(super) struct Installed {
+struct Installed {
     version: i32,
     oldest_program: i32,
-    pub(super) partitions: u16,
+    partitions: u16,
 }
 
 impl Statements {
@@ -178,7 +177,7 @@ impl Inner {
         self.check(operation, rows.into_iter().next())
     }
 
-    pub(super) fn check(
+    fn check(
         &self,
         operation: &'static str,
         row: Option<sqlx::postgres::PgRow>,
