@@ -252,7 +252,7 @@ pub(super) async fn no_leak(corner: Box<dyn Corner>) {
         let publisher = corner.publisher_again(&*transport).await;
         let open = send(&*publisher, corner.events(round..round + 1));
         let reader = soon(transport.subscribe(&source, GROUP, None)).await;
-        if round % 2 == 0 {
+        if round.is_multiple_of(2) {
             assert_all(&soon(open).await, "stored");
         }
         if let Some(proxy) = corner.proxy() {
