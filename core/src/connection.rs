@@ -148,12 +148,13 @@ pub async fn migrate(database: impl Into<Database>) -> Result<()> {
     migrate_with(database, 4).await
 }
 
-/// [`migrate`] with a number of log partitions: a power of two, 1 to 64. It counts only when the log is made.
+/// [`migrate`] with a number of log partitions: a power of two, 1 to 64. It counts only when the log is made;
+/// [`repartition`] changes it later.
 ///
 /// # Errors
 /// As [`migrate`]; [`Kind::Invalid`] for another number.
 pub async fn migrate_with(database: impl Into<Database>, partitions: u16) -> Result<()> {
-    check_partitions(partitions)?;
+    check_partitions("migrate", partitions)?;
     database.into().store.migrate(partitions).await
 }
 
@@ -171,16 +172,36 @@ pub async fn migrate_with(database: impl Into<Database>, partitions: u16) -> Res
 #[cfg(feature = "postgres")]
 pub fn migration_script(schema: &str, partitions: u16) -> Result<String> {
     check_identifier(schema)?;
-    check_partitions(partitions)?;
+    check_partitions("migrate", partitions)?;
     Ok(crate::store::postgres::script(schema, partitions))
 }
 
-fn check_partitions(partitions: u16) -> Result<()> {
+/// Gives the log of a PostgreSQL database more partitions, of which each has one relay at a time: a power of two, 1 to 64, and
+/// not fewer than it has. The order of each key is kept, what is settled stays settled, and what waits goes on waiting.
+///
+/// Stop all relays first. Writers go on, but wait while the log is written anew: the fewer events it keeps, the shorter. Then
+/// start the relays. The same number again does nothing.
+///
+/// ```no_run
+/// # async fn f(pool: sqlx::PgPool) -> pillarbox_core::Result<()> {
+/// pillarbox_core::repartition(&pool, 8).await
+/// # }
+/// ```
+///
+/// # Errors
+/// [`Kind::Invalid`] for another number, for SQLite, whose log has one partition, and while a relay runs;
+/// [`Kind::Unavailable`] when a transaction holds the log for longer than 3 s: nothing has changed then, try again.
+pub async fn repartition(database: impl Into<Database>, partitions: u16) -> Result<()> {
+    check_partitions("repartition", partitions)?;
+    database.into().store.repartition(partitions).await
+}
+
+fn check_partitions(operation: &'static str, partitions: u16) -> Result<()> {
     if partitions.is_power_of_two() && partitions <= 64 {
         return Ok(());
     }
     let text = format!("{partitions} partitions; a power of two from 1 to 64 is expected");
-    Err(Error::new(Kind::Invalid, "migrate", text))
+    Err(Error::new(Kind::Invalid, operation, text))
 }
 
 pub(crate) fn check_identifier(name: &str) -> Result<()> {

@@ -12,7 +12,13 @@ use tokio::{sync::watch, task::AbortHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::{cursor::Progress, error::Kind, running::task, store::Store};
+use crate::{cursor::Progress, error::Kind, failure::LineId, running::task, store::Store};
+
+/// The kind of the seats of a destination's relays.
+pub(crate) const RELAYS: &str = "relays";
+
+/// The kind of the lease on a group's deferred lines.
+pub(crate) const PUMP: &str = "pump";
 
 /// What a lease is for. A lease on something with a cursor lives in the cursor's row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -32,7 +38,7 @@ pub enum LeaseKey {
         source: Source,
     },
     /// Work without a cursor: `pump` (a group's deferred lines), `cleaner` (of the log, of the inbox), `memory` (the one
-    /// process on the memory transport).
+    /// process on the memory transport). Or a place among many: `relays` (those of a destination that live).
     Duty {
         /// What work.
         kind: &'static str,
@@ -41,6 +47,17 @@ pub enum LeaseKey {
         /// Which part of it.
         shard: u16,
     },
+}
+
+impl LeaseKey {
+    /// Whether its owners run handlers, over which a process can die.
+    pub(crate) fn runs_handlers(&self) -> bool {
+        match self {
+            Self::Source { .. } => true,
+            Self::Duty { kind, .. } => *kind == PUMP,
+            Self::Relay { .. } => false,
+        }
+    }
 }
 
 impl fmt::Display for LeaseKey {
@@ -80,6 +97,10 @@ pub struct Acquired {
     pub since: Option<SystemTime>,
     /// For [`LeaseKey::Source`]: the last settled position, none at the first start and after a reset.
     pub position: Option<u64>,
+    /// For a consumer's leases: how many owners in a row died without giving it back.
+    pub deaths: u32,
+    /// What the last of them had begun, when it had nothing else under way.
+    pub alone: Option<LineId>,
     /// For [`LeaseKey::Source`]: the source was deleted and made anew since, so it is read from its oldest event.
     pub reset: bool,
 }

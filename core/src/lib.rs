@@ -30,6 +30,7 @@ mod running;
 pub mod simulation;
 #[doc(hidden)]
 pub mod store;
+mod supervise;
 mod wake;
 pub mod window;
 
@@ -39,7 +40,7 @@ pub use breaker::BreakerState;
 pub use config::{Config, Settings};
 #[cfg(feature = "postgres")]
 pub use connection::migration_script;
-pub use connection::{Connection, Database, Pool, migrate, migrate_with};
+pub use connection::{Connection, Database, Pool, migrate, migrate_with, repartition};
 pub use consumer::{Consumer, ConsumerSettings, Context, Delivery, Effect, Failure, Handler};
 pub use destination::{Reanchored, Start};
 pub use error::{Error, Kind, Result};

@@ -15,11 +15,12 @@ use abandoned::Warned;
 
 use crate::{
     backoff::{Backoff, chance},
-    error::Result,
+    error::{Kind, Result},
     failure::Side,
     lease::{Keeper, Lease, LeaseKey, LeaseTerm},
     running::Report,
     store::{Cleaned, Store},
+    supervise::caught,
 };
 
 /// Its name in the health of relay and consumer.
@@ -82,6 +83,7 @@ pub(crate) struct Cleaner {
 
 impl Cleaner {
     /// Runs until `stop`. Ends early with no error: what stops a cleaner stops no relay and no consumer.
+    /// But for a panic, which its supervisor counts.
     pub(crate) async fn run(self, stop: CancellationToken) -> Result<()> {
         // The simulation's database keeps everything, to look at it in the end.
         if self.store.pool().is_none() {
@@ -101,6 +103,8 @@ impl Cleaner {
                     backoff.reset();
                     self.settings.interval
                 }
+                // Its supervisor counts it and starts it again.
+                Err(e) if e.kind() == Kind::Panicked => return Err(e),
                 Err(e) => {
                     self.troubled(&e.to_string());
                     backoff.step()
@@ -126,7 +130,7 @@ impl Cleaner {
         let ended = tokio::select! {
             biased;
             () = keeper.lost().cancelled() => Ok(()),
-            ended = self.clean(&lease, stop) => ended,
+            ended = caught(CLEANER, self.clean(&lease, stop)) => ended,
         };
         drop(keeper);
         let released = self.store.release(&lease).await;

@@ -185,6 +185,23 @@ impl<T> Window<T> {
         self.entries.iter().find_map(|e| e.item.as_ref())
     }
 
+    /// The number of the first event that is not settled: grows when the prefix moves.
+    #[must_use]
+    pub fn prefix(&self) -> Seq {
+        self.first
+    }
+
+    /// The events of the log that are in flight, oldest first.
+    pub fn sent(&self) -> impl Iterator<Item = &T> {
+        let sent = self.entries.iter().filter(|e| e.state == State::InFlight);
+        sent.filter_map(|e| e.item.as_ref())
+    }
+
+    /// The events of the log that may be sent now, oldest first.
+    pub fn ready(&self) -> impl DoubleEndedIterator<Item = &T> + Clone {
+        self.ready.iter().filter_map(|seq| self.get(*seq))
+    }
+
     /// Appends an event.
     pub fn push(&mut self, item: T, key: Option<Key>, size: usize) -> Seq {
         let seq = self.next_seq();

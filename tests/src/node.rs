@@ -38,6 +38,8 @@ pub struct Task {
     pub fails_each: u32,
     /// Most events of a partition that a fault may repeat; 0 is the relay's default.
     pub window: usize,
+    /// The handler ends the process over this key.
+    pub aborts_on: Option<String>,
 }
 
 impl Task {
@@ -54,6 +56,7 @@ impl Task {
             work_ms: 0,
             fails_each: 0,
             window: 0,
+            aborts_on: None,
         }
     }
 
@@ -172,6 +175,11 @@ impl Node {
     /// SIGKILL; returns when it is gone.
     pub async fn kill(&mut self) {
         self.child.kill().await.expect("a kill");
+    }
+
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_some()
     }
 
     /// SIGTERM: drains. Returns whether it ended well.

@@ -10,6 +10,7 @@ const NO_SERVER: &str =
 const NO_POWER_CUT: &str =
     "what SQLite has not flushed only a power cut loses, and a test cannot make one";
 const NO_FUNCTIONS: &str = "SQLite has no functions in a schema; a plain INSERT is the way there";
+const ONE_PARTITION: &str = "on SQLite the log has one partition, which cannot be shared";
 const NO_SETTING: &str = "SQLite has no such setting";
 
 /// (test, the world that has it, why the other cannot).
@@ -138,6 +139,27 @@ pub const CASES: &[(&str, Kind, &str)] = &[
         NO_SERVER,
     ),
     ("no_storm_of_faults_breaks_a_promise", Servers, NO_SERVER),
+    (
+        "relays_that_come_and_go_share_the_partitions_out",
+        Servers,
+        ONE_PARTITION,
+    ),
+    ("more_partitions_keep_the_order", Servers, ONE_PARTITION),
+    (
+        "processes_share_the_partitions_and_take_over_a_killed_ones",
+        Servers,
+        ONE_PARTITION,
+    ),
+    (
+        "one_that_ends_the_connection_is_found_among_a_thousand",
+        Servers,
+        NO_SERVER,
+    ),
+    (
+        "ten_that_end_the_connection_cost_their_neighbours_nothing",
+        Servers,
+        NO_SERVER,
+    ),
     ("a_wrong_password_is_told_and_not_shown", Servers, NO_SERVER),
     (
         "memory_is_held_by_one_at_a_time",

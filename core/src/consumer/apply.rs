@@ -100,7 +100,22 @@ pub(super) async fn apply(
     if !kind {
         return commit(core, owner, &items, durable, overdue).await;
     }
-    effect::run(core, owner, &mut items).await?;
+    match (overdue, items.first_mut()) {
+        (Some(reason), Some(first)) => {
+            // It may have happened, and be noted, before its owner died.
+            let asked = [&first.event.message];
+            let standing = core.store.standing(&core.group, &asked).await;
+            let standing = standing.map_err(Undone::of)?;
+            let is_known = standing.first().is_some_and(|s| s.known);
+            first.ran = Some(if is_known {
+                Verdict::Duplicate
+            } else {
+                Verdict::overdue(reason)
+            });
+            items.truncate(1);
+        }
+        _ => effect::run(core, owner, &mut items).await?,
+    }
     let mut backoff = Backoff::connection();
     loop {
         // What has happened must not happen again for want of a row: its owner tries for as long as it has the lease.
@@ -116,6 +131,12 @@ pub(super) async fn apply(
 }
 
 impl Item<'_> {
+    /// Whether it is the same event, brought again.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        let (one, two) = (&self.event.message, &other.event.message);
+        one.id == two.id && one.source() == two.source()
+    }
+
     /// Whether an effect is to run; none where nothing is.
     fn is_effect(&self) -> Option<bool> {
         match &self.way {
@@ -147,7 +168,7 @@ async fn commit(
         Ok(mut applied) => {
             applied.sent = Some(Instant::now());
             let done = unit.commit(owner.lease, term).await;
-            done.map_err(Undone::of)?;
+            done.map_err(Undone::at_commit)?;
             applied.count(&core.group);
             Ok(applied)
         }
@@ -303,6 +324,20 @@ impl Undone {
             Kind::Invalid => Self::Alone(e.to_string()),
             _ if sql.is_some_and(crate::error::is_conflict) => Self::Alone(String::new()),
             _ => Self::Away(e),
+        }
+    }
+}
+
+impl Undone {
+    /// At COMMIT the database refuses what it checks last, such as a deferred constraint, and nobody says which event it
+    /// was: they run again one by one, and one that is refused alone has named itself.
+    fn at_commit(e: Error) -> Self {
+        use std::error::Error as _;
+        let sql = e.source().and_then(|s| s.downcast_ref::<sqlx::Error>());
+        let refused = sql.is_some_and(|sql| sql.as_database_error().is_some());
+        match Self::of(e) {
+            Self::Away(e) if refused && e.kind() == Kind::Database => Self::Alone(e.to_string()),
+            undone => undone,
         }
     }
 }

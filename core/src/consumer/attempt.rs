@@ -29,6 +29,16 @@ pub(super) enum Verdict {
     },
 }
 
+impl Verdict {
+    /// It has failed already, and nobody was there to say so.
+    pub(super) fn overdue(reason: &str) -> Self {
+        Self::Failed {
+            next: Next::Retry,
+            reason: reason.to_owned(),
+        }
+    }
+}
+
 /// Why an event must run again, with nothing counted: its own writes are undone.
 pub(super) enum Again {
     /// It lost to another transaction.
@@ -47,16 +57,15 @@ pub(super) async fn attempt(
     handler: &dyn AnyHandler,
     overdue: Option<&str>,
 ) -> Result<Result<Verdict, Again>, Undone> {
-    if let Some(reason) = overdue {
-        return Ok(Ok(Verdict::Failed {
-            next: Next::Retry,
-            reason: reason.to_owned(),
-        }));
-    }
     unit.savepoint().await.map_err(Undone::of)?;
     if !unit.remember(&event.message).await.map_err(Undone::of)? {
         unit.keep().await.map_err(Undone::of)?;
         return Ok(Ok(Verdict::Duplicate));
+    }
+    // Only now: it may have been committed before its owner died.
+    if let Some(reason) = overdue {
+        unit.undo().await.map_err(Undone::of)?;
+        return Ok(Ok(Verdict::overdue(reason)));
     }
     let limit = handler_time(core.settings.lease.statement());
     let result = {

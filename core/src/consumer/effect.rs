@@ -97,7 +97,12 @@ pub(super) async fn run(
     let (begun, longest) = (Instant::now(), batch_time(core.settings.lease.term()));
     for (i, standing) in standings.into_iter().enumerate() {
         // What has run is written down soon, and a stop waits for one run alone.
-        if i > 0 && (begun.elapsed() >= longest || owner.stop.is_cancelled()) {
+        let twice = items.get(i).is_some_and(|item| {
+            let before = &items[..i];
+            before.iter().any(|other| other.is_same(item))
+        });
+        // And what comes twice waits until it is known what became of the first.
+        if twice || i > 0 && (begun.elapsed() >= longest || owner.stop.is_cancelled()) {
             items.truncate(i);
         }
         let Some(item) = items.get_mut(i) else { break };

@@ -9,6 +9,7 @@ mod handler;
 mod pump;
 mod session;
 mod source;
+mod suspect;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -20,7 +21,7 @@ use std::{
 
 use pillarbox_transport::{Binding, Message, Source, Transport};
 use serde::de::DeserializeOwned;
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, RwLock, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use effect::AnyEffect;
@@ -41,6 +42,7 @@ use crate::{
     retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
+    supervise::Supervised,
 };
 
 /// Bounds and rhythms of a consumer.
@@ -126,6 +128,8 @@ struct Core {
     deferred: Arc<Notify>,
     /// Transactions that may be open at once.
     turns: Arc<Semaphore>,
+    /// Held by each batch, and alone by an event beside which nothing may be under way.
+    quiet: Arc<RwLock<()>>,
 }
 
 #[derive(Clone)]
@@ -167,6 +171,7 @@ impl Consumer {
             pauses: Watched::unknown(),
             deferred: Arc::default(),
             turns: Arc::new(Semaphore::new(database.store().writers())),
+            quiet: Arc::default(),
         };
         Self {
             core,
@@ -358,10 +363,22 @@ impl Consumer {
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(task(watcher.run(stop.clone())));
         for source in sources {
-            tasks.spawn(task(source::run(self.core.clone(), source, stop.clone())));
+            let (core, at) = (self.core.clone(), stop.clone());
+            let watched = self.core.supervised("source", source.name.clone());
+            tasks.spawn(task(watched.run(stop.clone(), move || {
+                source::run(core.clone(), source.clone(), at.clone())
+            })));
         }
-        tasks.spawn(task(pump::run(self.core.clone(), stop.clone())));
-        tasks.spawn(task(self.core.cleaner().run(stop.clone())));
+        let (core, at) = (self.core.clone(), stop.clone());
+        let watched = self.core.supervised("pump", "deferred lines".to_owned());
+        tasks.spawn(task(
+            watched.run(stop.clone(), move || pump::run(core.clone(), at.clone())),
+        ));
+        let (core, at) = (self.core.clone(), stop.clone());
+        let watched = self.core.supervised("cleaner", "cleaner".to_owned());
+        tasks.spawn(task(
+            watched.run(stop.clone(), move || core.cleaner().run(at.clone())),
+        ));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {
@@ -400,6 +417,14 @@ impl Core {
     fn has_effects(&self) -> bool {
         let mut ways = self.types.values().flat_map(|t| t.versions.values());
         ways.any(|way| matches!(way, Way::Effect(_)))
+    }
+
+    fn supervised(&self, task: &'static str, name: String) -> Supervised {
+        Supervised {
+            task,
+            name,
+            report: self.report.clone(),
+        }
     }
 
     fn cleaner(&self) -> Cleaner {

@@ -1,7 +1,11 @@
 //! The group's deferred lines: one owner by a lease of its own, so that a line goes on whichever source its key comes
 //! from. Also sends the broker its copies of dead letters.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{StreamExt, stream};
 use pillarbox_transport::Publisher;
@@ -11,13 +15,15 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Core,
     apply::{Applied, Incoming, Owner, Undone, apply},
-    session::overstayed,
+    session::{apply_alone, overstayed},
+    suspect::ENDED,
 };
 use crate::{
     backoff::Backoff,
     error::{Error, Kind, Result},
-    failure::{Line, LineId, OnExhausted, Side},
-    lease::{Keeper, Lease, LeaseKey},
+    failure::{Line, LineId, OnExhausted, SUSPECT, Side},
+    lease::{self, Keeper, Lease, LeaseKey},
+    supervise::caught,
 };
 
 /// Looks at least this often: another process may have deferred something.
@@ -31,7 +37,7 @@ const BATCH: u32 = 100;
 
 pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
     let key = LeaseKey::Duty {
-        kind: "pump",
+        kind: lease::PUMP,
         scope: core.group.to_string(),
         shard: 0,
     };
@@ -42,6 +48,7 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
             Ok(Some(acquired)) => {
                 core.clear(LEASE);
                 let lease = acquired.lease;
+                let accused = Mutex::new(acquired.alone);
                 let keeper =
                     Keeper::start(core.store.clone(), lease.clone(), core.settings.lease, sent);
                 let ended = tokio::select! {
@@ -49,7 +56,7 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
                     () = keeper.lost().cancelled() => Ok(()),
                     // An effect may take longer than a stop waits.
                     () = overstayed(&stop, core.settings.drain) => Ok(()),
-                    ended = pump(&core, &lease, &keeper, &stop) => ended,
+                    ended = caught(PUMP, pump(&core, (&lease, &accused), &keeper, &stop)) => ended,
                 };
                 drop(keeper);
                 let released = core.store.release(&lease).await;
@@ -80,7 +87,12 @@ pub(super) async fn run(core: Core, stop: CancellationToken) -> Result<()> {
     Ok(())
 }
 
-async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationToken) -> Result<()> {
+async fn pump(
+    core: &Core,
+    (lease, accused): (&Lease, &Mutex<Option<LineId>>),
+    keeper: &Keeper,
+    stop: &CancellationToken,
+) -> Result<()> {
     let mut copies = Copies::default();
     let mut look_at = Instant::now();
     let mut pauses = core.pauses.clone();
@@ -101,7 +113,7 @@ async fn pump(core: &Core, lease: &Lease, keeper: &Keeper, stop: &CancellationTo
         next = later.iter().map(|line| line.due_in).fold(next, Ord::min);
         let owner = Owner { lease, stop };
         let mut drained = stream::iter(due)
-            .map(|line| drain_line(core, (owner, keeper), line))
+            .map(|line| drain_line(core, (owner, keeper), line, accused))
             .buffer_unordered(core.settings.workers.max(1));
         while let Some(more) = drained.next().await {
             if more? {
@@ -142,6 +154,7 @@ async fn drain_line(
     core: &Core,
     (owner, keeper): (Owner<'_>, &Keeper),
     line: Line,
+    accused: &Mutex<Option<LineId>>,
 ) -> Result<bool> {
     let lease = owner.lease;
     if owner.stop.is_cancelled() {
@@ -151,7 +164,7 @@ async fn drain_line(
         .store
         .line(lease, line.key.as_ref(), &line.head, BATCH)
         .await?;
-    let events: Vec<Incoming> = waiting
+    let mut events: Vec<Incoming> = waiting
         .into_iter()
         .take_while(|e| e.due_in.is_zero())
         .map(|e| {
@@ -164,10 +177,26 @@ async fn drain_line(
             }
         })
         .collect();
-    let (mut left, mut most, mut overdue) = (&events[..], events.len(), None::<String>);
+    // What ended a process once goes alone, and nothing with it.
+    let suspects = events.iter().map(is_suspect);
+    let alone = suspects.clone().next().unwrap_or(false);
+    let before = suspects.skip(1).position(|s| s || alone);
+    events.truncate(before.map_or(events.len(), |n| n + 1));
+    let mut overdue = events
+        .first()
+        .filter(|first| alone && died_over(first, accused))
+        .map(|_| ENDED.to_owned());
+    let (mut left, mut most) = (&events[..], events.len());
     while !left.is_empty() && !is_paused(core, &line) {
         let part = &left[..most.min(left.len())];
-        let applied = apply(core, owner, part, true, overdue.as_deref()).await;
+        let applied = if alone {
+            let applied = apply_alone(core, owner, part, true, overdue.as_deref()).await;
+            core.store.alone(lease, None).await?;
+            applied
+        } else {
+            let _among_others = core.quiet.read().await;
+            apply(core, owner, part, true, overdue.as_deref()).await
+        };
         if let Ok(Some(sent)) = applied.as_ref().map(|a| a.sent) {
             keeper.renewed(sent);
         }
@@ -183,6 +212,18 @@ async fn drain_line(
         }
     }
     Ok(false)
+}
+
+fn is_suspect(event: &Incoming) -> bool {
+    event.message.attribute(SUSPECT).is_some()
+}
+
+/// Whether the last owner died when it had begun this event; told once.
+fn died_over(event: &Incoming, accused: &Mutex<Option<LineId>>) -> bool {
+    let mut accused = accused.lock().unwrap_or_else(PoisonError::into_inner);
+    accused
+        .take_if(|id| Some(&*id) == event.line.as_ref())
+        .is_some()
 }
 
 fn goes_on(core: &Core, applied: &Applied) -> bool {

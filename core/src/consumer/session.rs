@@ -17,12 +17,14 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Core,
     apply::{Applied, Incoming, Owner, Undone, apply},
+    suspect::{Caution, ENDED},
 };
 use crate::{
     backoff::Backoff,
     error::{Error, Kind, Result},
     event::Key,
-    lease::{Keeper, Lease},
+    failure::{LineId, SUSPECT},
+    lease::{Acquired, Keeper, Lease},
     running::task,
     window::{Attempt, Limits, Seq, Window},
 };
@@ -48,6 +50,7 @@ pub(super) struct Session<'a> {
     places: VecDeque<(Seq, u64)>,
     cursor: Cursor,
     running: JoinSet<Done>,
+    caution: Caution,
     /// Why the session ends, once what is under way has ended.
     broken: Option<Error>,
 }
@@ -91,13 +94,15 @@ enum Done {
         acknowledged: Result<()>,
     },
     Cursor(u64, Result<()>),
+    /// The deaths of earlier owners are forgotten.
+    Noted(Result<()>),
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(
         core: &'a Core,
         (source, trouble): (&'a Source, &'a str),
-        (lease, keeper): (&'a Lease, &'a Keeper),
+        (acquired, keeper): (&'a Acquired, &'a Keeper),
         stop: &'a CancellationToken,
     ) -> Self {
         let (workers, batch) = (core.settings.workers.max(1), core.settings.batch);
@@ -114,7 +119,7 @@ impl<'a> Session<'a> {
             core,
             source,
             trouble,
-            lease,
+            lease: &acquired.lease,
             keeper,
             stop,
             window: Window::new(limits),
@@ -127,6 +132,7 @@ impl<'a> Session<'a> {
                 busy: false,
             },
             running: JoinSet::new(),
+            caution: Caution::new(acquired, batch.saturating_mul(workers)),
             broken: None,
         }
     }
@@ -214,15 +220,17 @@ impl<'a> Session<'a> {
     /// Gives each worker that is free its next events.
     fn start(&mut self) {
         let now = Instant::now();
-        // Where the acknowledgement destroys the message, the commit must be on disk before it. And an effect cannot be
-        // undone: neither may be what it comes after.
-        let durable = !self.source.replayable || self.core.has_effects();
+        for worker in &mut self.workers {
+            worker.not_before = worker.not_before.filter(|t| *t > now);
+        }
+        if self.caution.is_active() {
+            return self.start_alone();
+        }
         for i in 0..self.workers.len() {
             let worker = &mut self.workers[i];
-            if worker.busy || worker.not_before.is_some_and(|t| t > now) {
+            if worker.busy || worker.not_before.is_some() {
                 continue;
             }
-            worker.not_before = None;
             let most = if worker.alone == 0 {
                 self.core.settings.batch
             } else {
@@ -232,27 +240,62 @@ impl<'a> Session<'a> {
             if taken.is_empty() {
                 continue;
             }
-            let worker = &mut self.workers[i];
-            worker.busy = true;
-            let overdue = worker.overdue.take();
-            let mut events = Vec::with_capacity(taken.len());
-            let mut acks = Vec::with_capacity(taken.len());
-            for attempt in &taken {
-                let held = self.window.get_mut(attempt.seq);
-                if let Some((event, ack)) = held.and_then(|h| h.waiting.take()) {
-                    events.push(event);
-                    acks.push(ack);
-                }
-            }
-            self.running.spawn(task(batch(
-                self.core.clone(),
-                (self.lease.clone(), self.stop.clone()),
-                durable,
-                (i, taken),
-                (events, acks),
-                overdue,
-            )));
+            self.start_batch(i, taken, false);
         }
+    }
+
+    /// One event, if nothing is under way.
+    fn start_alone(&mut self) {
+        if !self.running.is_empty() {
+            return;
+        }
+        let (caution, workers) = (&self.caution, &self.workers);
+        let rests = |held: &Held| workers[held.worker].not_before.is_some();
+        let mut taken = self
+            .window
+            .take(1, |held| !rests(held) && !held.is_accused(caution));
+        let judges = taken.is_empty() && caution.may_judge();
+        if judges {
+            taken = self.window.take(1, |held| held.is_accused(caution));
+        }
+        let held = taken.first().and_then(|a| self.window.get_mut(a.seq));
+        let Some(held) = held else { return };
+        let i = held.worker;
+        if judges {
+            if let Some((event, _)) = &mut held.waiting {
+                let attributes = &mut event.message.attributes;
+                attributes.insert(SUSPECT.to_owned(), "true".to_owned());
+            }
+            self.workers[i].overdue = Some(ENDED.to_owned());
+            self.caution.judged();
+        }
+        self.start_batch(i, taken, true);
+    }
+
+    fn start_batch(&mut self, i: usize, taken: Vec<Attempt>, alone: bool) {
+        // Where the acknowledgement destroys the message, the commit must be on disk before it. And an effect cannot be
+        // undone: neither may be what it comes after.
+        let durable = !self.source.replayable || self.core.has_effects();
+        let worker = &mut self.workers[i];
+        worker.busy = true;
+        let overdue = worker.overdue.take();
+        let mut events = Vec::with_capacity(taken.len());
+        let mut acks = Vec::with_capacity(taken.len());
+        for attempt in &taken {
+            let held = self.window.get_mut(attempt.seq);
+            if let Some((event, ack)) = held.and_then(|h| h.waiting.take()) {
+                events.push(event);
+                acks.push(ack);
+            }
+        }
+        self.running.spawn(task(batch(
+            self.core.clone(),
+            (self.lease.clone(), self.stop.clone()),
+            (durable, alone),
+            (i, taken),
+            (events, acks),
+            overdue,
+        )));
     }
 
     fn ended(&mut self, done: Done) -> Result<()> {
@@ -265,6 +308,7 @@ impl<'a> Session<'a> {
                 acknowledged,
             } => {
                 let stored = taken.len() - left.len();
+                self.caution.got_through(stored);
                 for attempt in &taken[..stored] {
                     self.window.settle(*attempt);
                 }
@@ -288,6 +332,12 @@ impl<'a> Session<'a> {
                 match written {
                     Ok(()) => self.cursor.written = Some(position),
                     Err(e) => self.breaks(e),
+                }
+                Ok(())
+            }
+            Done::Noted(noted) => {
+                if let Err(e) = noted {
+                    self.breaks(e);
                 }
                 Ok(())
             }
@@ -351,6 +401,12 @@ impl<'a> Session<'a> {
         while let Some((_, position)) = self.places.pop_front_if(|(seq, _)| *seq <= last) {
             self.cursor.position = Some(position);
         }
+        if self.caution.is_over() {
+            let (core, lease) = (self.core.clone(), self.lease.clone());
+            self.running.spawn(task(async move {
+                Done::Noted(core.store.alone(&lease, None).await)
+            }));
+        }
     }
 
     fn settle(&mut self) {
@@ -385,7 +441,15 @@ impl<'a> Session<'a> {
         let waits = waits.filter_map(|w| w.not_before).min();
         let settles = self.cursor.unwritten().map(|_| self.cursor.at + SETTLE);
         let idle = Instant::now() + self.core.settings.lease.term();
+        let idle = idle.min(self.caution.due().unwrap_or(idle));
         idle.min(waits.unwrap_or(idle)).min(settles.unwrap_or(idle))
+    }
+}
+
+impl Held {
+    fn is_accused(&self, caution: &Caution) -> bool {
+        let event = self.waiting.as_ref().map(|(event, _)| &event.message);
+        event.is_some_and(|m| caution.is_accused(m.source(), &m.id))
     }
 }
 
@@ -417,7 +481,7 @@ impl Cursor {
 async fn batch(
     core: Core,
     (lease, stop): (Lease, CancellationToken),
-    durable: bool,
+    (durable, alone): (bool, bool),
     (worker, taken): (usize, Vec<Attempt>),
     (mut events, mut acks): (Vec<Incoming>, Vec<Ack>),
     overdue: Option<String>,
@@ -426,7 +490,13 @@ async fn batch(
         lease: &lease,
         stop: &stop,
     };
-    let outcome = apply(&core, owner, &events, durable, overdue.as_deref()).await;
+    let overdue = overdue.as_deref();
+    let outcome = if alone {
+        apply_alone(&core, owner, &events, durable, overdue).await
+    } else {
+        let _among_others = core.quiet.read().await;
+        apply(&core, owner, &events, durable, overdue).await
+    };
     let stored = outcome.as_ref().map_or(0, |applied| applied.handled);
     let mut acknowledged = Ok(());
     for ack in acks.drain(..stored) {
@@ -442,6 +512,25 @@ async fn batch(
         outcome,
         acknowledged,
     }
+}
+
+/// Applies an event beside which nothing else is under way in this consumer, noted in the database before: if the process dies
+/// over it, the next owner knows.
+pub(super) async fn apply_alone(
+    core: &Core,
+    owner: Owner<'_>,
+    events: &[Incoming],
+    durable: bool,
+    overdue: Option<&str>,
+) -> Result<Applied, Undone> {
+    let _alone = core.quiet.write().await;
+    let first = events.first().filter(|_| overdue.is_none());
+    if let Some(event) = first {
+        let name: LineId = (event.message.source().to_owned(), event.message.id.clone());
+        let noted = core.store.alone(owner.lease, Some(&name)).await;
+        noted.map_err(Undone::of)?;
+    }
+    apply(core, owner, events, durable, overdue).await
 }
 
 /// A key's one worker. What has no key goes by its name: a repeat then meets no transaction of another worker.

@@ -11,6 +11,7 @@ use crate::{
     backoff::Backoff,
     error::{Error, Kind, Result},
     lease::{Acquired, Keeper, LeaseKey},
+    supervise::caught,
 };
 
 pub(super) async fn run(core: Core, source: Source, stop: CancellationToken) -> Result<()> {
@@ -129,8 +130,8 @@ async fn hold(
     core.report.held(true);
     core.clear(&trouble.broker);
     tracing::info!(group = %core.group, source = %source.name, epoch = lease.epoch, "consuming");
-    let session = Session::new(core, (source, &trouble.events), (&lease, &keeper), stop);
-    let result = session.run(&mut *subscription).await;
+    let session = Session::new(core, (source, &trouble.events), (&acquired, &keeper), stop);
+    let result = caught("consume", session.run(&mut *subscription)).await;
     core.report.held(false);
     // The channel first: only then does the broker give the rest to nobody but the next owner, in order.
     subscription.close().await;

@@ -8,6 +8,9 @@ pub const RETRIED: &str = "pillarboxretried";
 /// never put back.
 pub(crate) const UNREADABLE: &str = "pillarboxunreadable";
 
+/// The attribute of an event that ended a session or a process when nothing else was under way: it goes alone from then on.
+pub(crate) const SUSPECT: &str = "pillarboxsuspect";
+
 /// An event that was given up, with what operators need to judge it.
 #[derive(Debug, Clone)]
 pub struct DeadLetter {

@@ -1,5 +1,6 @@
 //! The relay's side of an event's way: log, window, publisher, cursor.
 
+mod balance;
 mod circuit;
 mod destination;
 mod lines;
@@ -14,7 +15,9 @@ use std::{
     time::Duration,
 };
 
+use balance::Claims;
 use pillarbox_transport::{Limits, Message, Transport};
+use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 
 pub(crate) use destination::Replaying;
@@ -32,6 +35,7 @@ use crate::{
     retention::{Cleaner, RetentionSettings, Scope},
     running::{Report, Running, task},
     store::Store,
+    supervise::Supervised,
     wake::Wake,
     window,
 };
@@ -91,7 +95,11 @@ impl Default for RelaySettings {
 
 /// Publishes the log: in order for each key, with confirms, with retries, one owner for each partition.
 ///
-/// Any number may run against one database; leases share the partitions among them.
+/// Any number may run against one database, in one process or many: those of one destination share its partitions out fairly
+/// within seconds, and take over those of a relay that stops at once, of one that is killed when its leases have expired.
+///
+/// A task of it that panics is started again after a wait; [`Health::trouble`](crate::Health) and the counter
+/// `pillarbox_task_restarts_total` tell.
 ///
 /// ```no_run
 /// # use std::sync::Arc;
@@ -127,6 +135,9 @@ struct Core {
     report: Report,
     circuit: Arc<Circuit>,
     pauses: Watched,
+    /// Held by each publish until its answers, and alone by one beside which nothing may be in flight: partitions may share a
+    /// connection.
+    quiet: Arc<RwLock<()>>,
 }
 
 impl Relay {
@@ -151,6 +162,7 @@ impl Relay {
             circuit: Circuit::new("main".into(), report.clone()),
             pauses: Watched::unknown(),
             report,
+            quiet: Arc::default(),
         };
         Self { core }
     }
@@ -234,30 +246,86 @@ impl Relay {
 
     async fn run(self, stop: CancellationToken) -> Result<()> {
         let (core, watcher) = self.core.watched();
+        // Ends with this, whatever ends it.
+        let mut beside = tokio::task::JoinSet::new();
+        beside.spawn(task(watcher.run(stop.clone())));
+        let rounds = async {
+            while let Some(partitions) = core.partitions(&stop).await? {
+                core.round(partitions, &stop.child_token()).await?;
+                if stop.is_cancelled() {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        tokio::pin!(rounds);
+        tokio::select! {
+            biased;
+            ended = &mut rounds => ended,
+            Some(joined) = beside.join_next() => {
+                let ended = joined.unwrap_or_else(|e| {
+                    let text = "a task of the relay panicked";
+                    Err(Error::new(Kind::Panicked, "relay", text).caused_by(e))
+                });
+                if ended.is_err() {
+                    stop.cancel();
+                }
+                ended.and(rounds.await)
+            }
+        }
+    }
+}
+
+impl Core {
+    /// The number of the log's partitions; none after a stop.
+    async fn partitions(&self, stop: &CancellationToken) -> Result<Option<u16>> {
         let mut backoff = Backoff::connection();
-        let partitions = loop {
-            match core.enter().await {
-                Ok(partitions) => break partitions,
-                Err(e) if e.is_temporary() => core.waits("database", &e.to_string()),
+        while !stop.is_cancelled() {
+            match self.enter().await {
+                Ok(partitions) => {
+                    self.goes_on("database");
+                    return Ok(Some(partitions));
+                }
+                Err(e) if e.is_temporary() => self.waits("database", &e.to_string()),
                 Err(e) => return Err(e),
             }
             tokio::select! {
                 biased;
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => {}
                 () = tokio::time::sleep(backoff.step()) => {}
             }
-        };
-        core.goes_on("database");
-        core.report.expect(usize::from(partitions));
+        }
+        Ok(None)
+    }
+
+    /// Relays until a stop, or until the log has another number of partitions.
+    async fn round(&self, partitions: u16, stop: &CancellationToken) -> Result<()> {
+        self.report.expect(usize::from(partitions));
+        let claims = Arc::new(Claims::new(partitions));
         let mut tasks = tokio::task::JoinSet::new();
         for partition in 0..partitions {
-            tasks.spawn(task(partition::run(core.clone(), partition, stop.clone())));
+            let (core, claims, stop) = (self.clone(), claims.clone(), stop.clone());
+            let watched = self.supervised("partition", session::trouble_with(partition, "task"));
+            tasks.spawn(task(watched.run(stop.clone(), move || {
+                partition::run(core.clone(), claims.clone(), partition, stop.clone())
+            })));
         }
-        tasks.spawn(task(watcher.run(stop.clone())));
         // A replay's settings are not the database's.
-        if core.replay.is_none() {
-            tasks.spawn(task(core.cleaner().run(stop.clone())));
+        if self.replay.is_none() {
+            let (core, at) = (self.clone(), stop.clone());
+            let watched = self.supervised("cleaner", "cleaner".to_owned());
+            tasks.spawn(task(
+                watched.run(stop.clone(), move || core.cleaner().run(at.clone())),
+            ));
         }
+        let (core, at) = (self.clone(), stop.clone());
+        tasks.spawn(task(self.supervised("shares", "shares".to_owned()).run(
+            stop.clone(),
+            move || {
+                let (resized, stop) = (at.clone(), at.clone());
+                balance::run(core.clone(), claims.clone(), partitions, stop, resized)
+            },
+        )));
         let mut result = Ok(());
         while let Some(joined) = tasks.join_next().await {
             let ended = joined.unwrap_or_else(|e| {
@@ -274,9 +342,7 @@ impl Relay {
         }
         result
     }
-}
 
-impl Core {
     /// Its destination and where it reports to are known now.
     fn watched(mut self) -> (Self, Watcher) {
         let (destination, report) = (self.destination.clone(), self.report.clone());
@@ -285,6 +351,14 @@ impl Core {
         let watcher;
         (watcher, self.pauses) = Watcher::new(self.store.clone(), Side::Relay, destination, report);
         (self, watcher)
+    }
+
+    fn supervised(&self, task: &'static str, name: String) -> Supervised {
+        Supervised {
+            task,
+            name,
+            report: self.report.clone(),
+        }
     }
 
     fn cleaner(&self) -> Cleaner {

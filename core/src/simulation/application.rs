@@ -30,6 +30,8 @@ pub(super) enum Nature {
     Defect,
     /// The broker has nowhere to put it, and that is accepted.
     Unrouted,
+    /// The broker ends the session over it, and names nobody.
+    Killer,
 }
 
 /// An event that was written, whatever became of its transaction.
@@ -42,6 +44,8 @@ pub(super) struct Written {
     left: u32,
     /// Refusals that its sender heard of.
     pub(super) refusals: u32,
+    /// How often it was sent alone and its sender heard nothing.
+    pub(super) unanswered: u32,
     /// When it was committed.
     pub(super) committed: Option<Instant>,
 }
@@ -79,6 +83,13 @@ impl Application {
     }
 }
 
+impl Application {
+    /// An event that was sent alone, and never answered.
+    pub(super) fn unanswered(&mut self, number: Number) {
+        self.events[number].unanswered += 1;
+    }
+}
+
 impl Inner {
     fn write(&mut self, topic_number: usize, key: Option<usize>) -> (Number, Message) {
         let faults = &self.plan.faults;
@@ -87,12 +98,14 @@ impl Inner {
             faults.rejected,
             faults.defect,
             faults.unrouted,
+            faults.killer,
         ];
         let natures = [
             Nature::Refused,
             Nature::Rejected,
             Nature::Defect,
             Nature::Unrouted,
+            Nature::Killer,
         ];
         let hits = likely.map(|p| !self.straight && self.chance.hit(p));
         let nature = natures
@@ -115,6 +128,7 @@ impl Inner {
             nature,
             left: u32::try_from(self.chance.within(1..=5)).unwrap_or(1),
             refusals: 0,
+            unanswered: 0,
             committed: None,
         });
         (number, message)

@@ -144,6 +144,11 @@ impl Publisher for ModelPublisher {
             let outcomes = answer.await;
             drop(in_flight);
             let outcomes = outcomes.unwrap_or_else(|_| (0..most).map(|_| unknown()).collect());
+            if let ([(_, number)], None | Some(Outcome::Unknown(_))) =
+                (&topics[..], outcomes.first())
+            {
+                world.with(|w| w.application.unanswered(*number));
+            }
             world.with(|w| w.check_answers(process, &topics, &outcomes));
             outcomes
         })
@@ -175,7 +180,10 @@ impl Session {
                     self.dead.store(true, Ordering::Relaxed);
                     return None;
                 }
-                if !w.healed && w.chance.hit(w.plan.faults.session_death) {
+                let is_killer =
+                    |m: &Arc<Message>| w.application.event(number_of(m)).nature == Nature::Killer;
+                let killed = batch.messages.iter().any(is_killer);
+                if killed || (!w.healed && w.chance.hit(w.plan.faults.session_death)) {
                     self.dead.store(true, Ordering::Relaxed);
                     w.take_some(&batch.messages);
                     return None;
@@ -275,6 +283,8 @@ impl Inner {
                 Outcome::Stored
             }
             Nature::Refused => Outcome::Retry(error(Kind::Missing, "refused")),
+            // The session died over it before.
+            Nature::Killer => unknown(),
             Nature::Rejected => Outcome::Rejected(error(Kind::TooLarge, "rejected")),
             Nature::Unrouted if number.is_multiple_of(2) => {
                 Outcome::Retry(error(Kind::Unrouted, "unrouted"))

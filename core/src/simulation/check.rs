@@ -35,7 +35,7 @@ pub(super) struct Checks {
     /// What each process and partition has sent and not heard of: by key, and in all.
     unconfirmed: BTreeMap<(usize, u16), BTreeMap<Number, Option<Key>>>,
     /// Which process owns a partition.
-    owners: BTreeMap<u16, usize>,
+    pub(super) owners: BTreeMap<u16, usize>,
     /// Topics that the broker does not take now: since when a process and partition knows, and whether it tried again.
     refused: BTreeMap<(usize, u16, String), (Instant, bool)>,
     /// Owners since all was healed: they stop in order, and give back.

@@ -175,8 +175,10 @@ impl Inner {
             }
             let given_up = match event.temper {
                 Temper::Rejects | Temper::Unknown | Temper::Defect => true,
-                Temper::Fails | Temper::Panics | Temper::Slow => event.failures >= most,
-                Temper::Good | Temper::Skips | Temper::Unhandled => false,
+                Temper::Fails | Temper::Panics | Temper::Slow => {
+                    event.failures + event.accused >= most
+                }
+                Temper::Good | Temper::Skips | Temper::Unhandled => event.accused >= most,
             };
             if dead.contains(&number) && !given_up {
                 wrong.push(format!(
@@ -193,7 +195,7 @@ impl Inner {
         for row in self.database.state.dead.values() {
             let event = &self.consumption.events[number_of(&row.message)];
             let counted = !matches!(event.temper, Temper::Unknown | Temper::Defect);
-            if counted && row.attempts > event.failures {
+            if counted && row.attempts > event.failures + event.accused {
                 let number = number_of(&row.message);
                 wrong.push(format!(
                     "{number} counts {} attempts of {} failures",

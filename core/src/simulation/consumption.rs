@@ -63,6 +63,8 @@ pub(super) struct Given {
     left: u32,
     /// Failures that there were.
     pub(super) failures: u32,
+    /// How often its owner died, and nothing else was under way.
+    pub(super) accused: u32,
 }
 
 #[derive(Debug, Default)]
@@ -206,6 +208,7 @@ impl Inner {
             temper,
             left: u32::try_from(self.chance.within(1..=5)).unwrap_or(1),
             failures: 0,
+            accused: 0,
         });
     }
 

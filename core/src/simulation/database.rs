@@ -13,6 +13,7 @@ use crate::{
     cursor::Progress,
     error::{Error, Kind, Result},
     event::Key,
+    failure::LineId,
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
 };
 
@@ -41,6 +42,14 @@ pub(super) struct LeaseRow {
     pub(super) progress: Progress,
     pub(super) position: Option<u64>,
     pub(super) identity: String,
+    pub(super) deaths: u32,
+    pub(super) alone: Option<LineId>,
+}
+
+impl LeaseRow {
+    pub(super) fn is_free(&self, now: i64) -> bool {
+        self.expires_at <= now || self.expires_at > now + millis(LeaseTerm::LONGEST)
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -250,12 +259,15 @@ impl Database {
     ) -> Option<Acquired> {
         let name = key.to_string();
         let mut row = self.state.leases.get(&name).cloned().unwrap_or_default();
-        let free = row.expires_at <= now || row.expires_at > now + millis(LeaseTerm::LONGEST);
-        if !free {
+        if !row.is_free(now) {
             return None;
         }
-        if let Some(before) = row.owner.replace(owner) {
-            self.tokens.remove(&before);
+        match row.owner.replace(owner) {
+            Some(before) => {
+                self.tokens.remove(&before);
+                row.deaths += 1;
+            }
+            None => (row.deaths, row.alone) = (0, None),
         }
         row.epoch += 1;
         row.expires_at = now + millis(term.term());
@@ -275,6 +287,8 @@ impl Database {
             since: None,
             position: row.position,
             reset,
+            deaths: row.deaths,
+            alone: row.alone.clone(),
         };
         self.tokens.insert(owner);
         self.commit(None, vec![Change::Lease(name, row)], true);

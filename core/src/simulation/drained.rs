@@ -46,6 +46,28 @@ impl Inner {
         ));
     }
 
+    /// Whether each relay holds its share of the partitions, at most.
+    pub(super) fn is_balanced(&self) -> bool {
+        let partitions = self.plan.partitions;
+        let held = |partition: &u16| {
+            let key = LeaseKey::Relay {
+                destination: DESTINATION.to_owned(),
+                partition: *partition,
+            };
+            let row = self.database.state.leases.get(&key.to_string());
+            row.is_some_and(|row| !row.is_free(self.now()))
+        };
+        let mut of = BTreeMap::<usize, usize>::new();
+        for process in (0..partitions)
+            .filter(held)
+            .filter_map(|p| self.checks.owners.get(&p))
+        {
+            *of.entry(*process).or_default() += 1;
+        }
+        let most = usize::from(partitions).div_ceil(self.plan.relays);
+        of.values().sum::<usize>() == usize::from(partitions) && of.values().all(|n| *n <= most)
+    }
+
     fn is_covered(&self, row: &Row) -> bool {
         let key = LeaseKey::Relay {
             destination: DESTINATION.to_owned(),
@@ -126,19 +148,21 @@ impl Inner {
         for dead in self.database.state.dead.values() {
             let number = number_of(&dead.message);
             let event = self.application.event(number);
-            let heard = event.refusals;
+            let (heard, alone) = (event.refusals, event.unanswered);
             let reason = match event.nature {
                 Nature::Defect => true,
-                Nature::Rejected => heard > 0,
-                Nature::Refused | Nature::Good => heard >= most,
-                Nature::Unrouted => false,
+                Nature::Rejected => heard > 0 || alone >= most,
+                Nature::Refused | Nature::Good | Nature::Killer => heard + alone >= most,
+                Nature::Unrouted => alone >= most,
             };
             if !reason {
-                wrong.push(format!("{number} was given up after {heard} refusals"));
-            }
-            if event.nature != Nature::Defect && dead.attempts > heard {
                 wrong.push(format!(
-                    "{number} counts {} attempts of {heard} refusals",
+                    "{number} was given up after {heard} refusals and {alone} deaths"
+                ));
+            }
+            if event.nature != Nature::Defect && dead.attempts > heard + alone {
+                wrong.push(format!(
+                    "{number} counts {} attempts of {heard} refusals and {alone} deaths",
                     dead.attempts
                 ));
             }

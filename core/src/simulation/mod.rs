@@ -107,6 +107,9 @@ async fn schedule(seed: u64, tell: bool, role: Role) -> Outcome {
     fleet.heal();
     drain(&world, role).await;
     afterwards(&world, role).await;
+    if role == Role::Relay {
+        balance(&world).await;
+    }
     if world.with(|w| w.checks.wrong.is_empty()) {
         fleet.finish().await;
         world.with(|w| match role {
@@ -136,6 +139,20 @@ async fn afterwards(world: &Arc<World>, role: Role) {
         }
     });
     drain(world, role).await;
+}
+
+/// Nobody has more than its share, and everything has an owner.
+async fn balance(world: &Arc<World>) {
+    let end = tokio::time::Instant::now() + DRAIN;
+    while !world.with(|w| w.is_balanced() || !w.checks.wrong.is_empty()) {
+        if tokio::time::Instant::now() >= end {
+            return world.with(|w| {
+                let owners = w.checks.owners.clone();
+                w.wrong(format!("it is not balanced: {owners:?}"));
+            });
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 async fn drain(world: &Arc<World>, role: Role) {

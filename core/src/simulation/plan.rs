@@ -37,6 +37,7 @@ pub(super) struct Faults {
     pub(super) rejected: f64,
     pub(super) defect: f64,
     pub(super) unrouted: f64,
+    pub(super) killer: f64,
     // Of one call to the database.
     pub(super) fails_before: f64,
     pub(super) fails_after: f64,
@@ -93,7 +94,7 @@ const EVENTS: [Event; 10] = [
 impl Plan {
     pub(super) fn new(chance: &mut Chance) -> Self {
         let mut plan = Self {
-            partitions: [1, 1, 2][chance.below(3)],
+            partitions: [1, 2, 4][chance.below(3)],
             relays: chance.within(1..=3),
             topics: chance.within(1..=2),
             keys: chance.within(1..=3),
@@ -174,6 +175,7 @@ impl Faults {
             rejected: some(0.3, 0.2),
             defect: some(0.2, 0.2),
             unrouted: some(0.2, 0.3),
+            killer: some(0.2, 0.15),
             fails_before: some(0.4, 0.15),
             fails_after: some(0.5, 0.2),
             slow_call: some(0.3, 0.05),

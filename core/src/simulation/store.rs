@@ -18,10 +18,10 @@ use crate::{
     error::{Error, Kind, Result},
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
-    lease::{Acquired, Lease, LeaseKey, LeaseTerm},
+    lease::{Acquired, Lease, LeaseKey, LeaseTerm, RELAYS},
     store::{
-        Cleaned, Due, Gate, Letters, SCHEMA_VERSION, Slice, Standing, Standings, Store, Trimmed,
-        Unit, Waiting,
+        Cleaned, Due, Gate, Letters, Relays, SCHEMA_VERSION, Slice, Standing, Standings, Store,
+        Trimmed, Unit, Waiting,
     },
 };
 
@@ -32,6 +32,30 @@ pub(super) struct ModelStore {
 }
 
 impl Inner {
+    fn relays(&self, destination: &str) -> Relays {
+        let is_free = |key: &LeaseKey| {
+            let row = self.database.state.leases.get(&key.to_string());
+            row.is_none_or(|row| row.is_free(self.now()))
+        };
+        let seat = |shard| LeaseKey::Duty {
+            kind: RELAYS,
+            scope: destination.to_owned(),
+            shard,
+        };
+        let partition = |partition| LeaseKey::Relay {
+            destination: destination.to_owned(),
+            partition,
+        };
+        let partitions = self.plan.partitions;
+        Relays {
+            partitions,
+            seats: (0..256).filter(|n| !is_free(&seat(*n))).collect(),
+            free: (0..partitions)
+                .filter(|n| is_free(&partition(*n)))
+                .collect(),
+        }
+    }
+
     fn settle(
         &mut self,
         lease: &Lease,
@@ -94,6 +118,27 @@ impl Store for ModelStore {
         })
     }
 
+    async fn repartition(&self, _partitions: u16) -> Result<()> {
+        Err(not_simulated("repartition"))
+    }
+
+    async fn alone(&self, lease: &Lease, event: Option<&LineId>) -> Result<()> {
+        let (lease, event) = (lease.clone(), event.cloned());
+        self.call("alone", move |w| {
+            let mut row = w.database.held(&lease)?;
+            w.tell(|| format!("alone for {}: {event:?}", lease.key));
+            if event.is_none() {
+                row.deaths = 0;
+            }
+            let durable = event.is_some();
+            row.alone = event;
+            let change = Change::Lease(lease.key.to_string(), row);
+            w.database.commit(None, vec![change], durable);
+            Ok(())
+        })
+        .await
+    }
+
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
         let key = key.clone();
         let process = self.process;
@@ -102,6 +147,12 @@ impl Store for ModelStore {
             let acquired = w.database.acquire(&key, term, now, owner);
             if let Some(acquired) = &acquired {
                 w.check_acquire(process, &acquired.lease);
+                let number = acquired
+                    .alone
+                    .as_ref()
+                    .and_then(|id| id.1.parse::<usize>().ok());
+                let accused = number.and_then(|n| w.consumption.events.get_mut(n));
+                accused.into_iter().for_each(|event| event.accused += 1);
                 let epoch = acquired.lease.epoch;
                 w.tell(|| {
                     format!(
@@ -127,6 +178,12 @@ impl Store for ModelStore {
             Ok(())
         })
         .await
+    }
+
+    async fn relays(&self, destination: &str) -> Result<Relays> {
+        let destination = destination.to_owned();
+        self.call("relays", move |w| Ok(w.relays(&destination)))
+            .await
     }
 
     async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice> {

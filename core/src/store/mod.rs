@@ -36,7 +36,7 @@ pub(crate) mod sqlite;
 /// The program's number for the schema's "oldest program that may use it".
 pub const PROGRAM: i32 = 1;
 /// The schema version that this program makes.
-pub const SCHEMA_VERSION: i32 = 5;
+pub const SCHEMA_VERSION: i32 = 6;
 
 /// A database of outbox, cursors, leases, exceptions and inbox.
 #[async_trait]
@@ -60,6 +60,9 @@ pub trait Store: Send + Sync + 'static {
     /// What the schema says of itself, whatever its version.
     async fn installation(&self) -> Result<Installation>;
 
+    /// Gives the log more partitions, while no relay runs. Each key stays in order.
+    async fn repartition(&self, partitions: u16) -> Result<()>;
+
     /// Takes the lease if it is free (expired, or expiring later than any lease can: a clock was set back). Commits
     /// synchronously: an epoch is never handed out twice by one timeline. Makes the cursor's row where there is none.
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>>;
@@ -69,6 +72,13 @@ pub trait Store: Send + Sync + 'static {
 
     /// Gives a lease back, so that the next owner need not wait. Does nothing if it is lost.
     async fn release(&self, lease: &Lease) -> Result<()>;
+
+    /// Notes, before it is begun, the one event that is under way for the owner of a lease; none: its owner makes progress, and
+    /// the deaths before it are forgotten. Fenced, and durable where an event is named.
+    async fn alone(&self, lease: &Lease, event: Option<&LineId>) -> Result<()>;
+
+    /// Who relays a destination now, and which of its partitions have no owner: one look, which takes no lock.
+    async fn relays(&self, destination: &str) -> Result<Relays>;
 
     /// The next events of a relay partition after `from`, in order: at most `limit`, and fewer where they are large (a
     /// few tens of MiB), so that no backlog of large payloads fills the memory.
@@ -418,6 +428,17 @@ impl Standings {
         }
         &mut self.groups[at]
     }
+}
+
+/// The relays of a destination, as [`Store::relays`] sees them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Relays {
+    /// The log's partitions.
+    pub partitions: u16,
+    /// The seats that are taken, in order.
+    pub seats: Vec<u16>,
+    /// Partitions whose lease is free, in order.
+    pub free: Vec<u16>,
 }
 
 /// What a step of cleaning did.

@@ -5,6 +5,7 @@ mod crash;
 mod destinations;
 mod fences;
 mod log;
+mod repartition;
 mod retention;
 mod standby;
 mod stress;

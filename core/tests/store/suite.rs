@@ -264,6 +264,8 @@ macro_rules! exercise {
             leases::a_clock_set_back_does_not_lock_a_lease,
             leases::many_compete_and_one_wins,
             leases::epochs_grow_for_ever,
+            leases::whoever_lives_has_a_seat,
+            leases::deaths_are_counted_until_there_is_progress,
             log::events_are_read_in_order,
             log::reading_goes_on_in_the_middle_of_a_slice,
             log::a_rolled_back_event_is_never_read,

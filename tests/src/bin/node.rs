@@ -105,6 +105,7 @@ struct Node {
     work: Duration,
     fails_each: u32,
     window: usize,
+    aborts_on: Option<String>,
 }
 
 impl Node {
@@ -125,6 +126,7 @@ impl Node {
             work: Duration::from_millis(task.work_ms),
             fails_each: task.fails_each,
             window: task.window,
+            aborts_on: task.aborts_on.clone(),
         })
     }
 
@@ -173,10 +175,13 @@ impl Node {
             lease: self.term,
             ..ConsumerSettings::default()
         };
-        let (work, fails_each) = (self.work, self.fails_each);
+        let (work, fails_each, aborts_on) = (self.work, self.fails_each, self.aborts_on.clone());
         let handler = TickHandler::acting(move |delivery, _| {
             let key = delivery.event.key.clone().unwrap_or_default();
             say(&format!("handles {key} {}", delivery.event.n));
+            if aborts_on.as_ref() == Some(&key) {
+                std::process::abort();
+            }
             let fails =
                 fails_each > 0 && delivery.event.n % fails_each == 0 && delivery.attempts == 0;
             Box::pin(async move {

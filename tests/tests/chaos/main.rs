@@ -5,8 +5,10 @@ mod joining;
 mod kills;
 mod network;
 mod outages;
+mod poison;
 mod restarts;
 mod secrets;
+mod shares;
 mod storm;
 mod zombies;
 

@@ -75,16 +75,15 @@ async fn is_free(url: &str) -> bool {
     sqlx::raw_sql(sql).execute(&mut *connection).await.is_ok()
 }
 
-/// The relay's cursors, without their expiry.
+/// Where the relay's cursors stand. Who has them is no matter: one that goes on takes its share again, by a lease of its own.
 async fn cursors(world: &World) -> Vec<Vec<Option<String>>> {
     let columns = if tables::is_postgres(&world.producer) {
         "CAST(seen AS TEXT), CAST(base AS TEXT), CAST(upto AS TEXT), CAST(last AS TEXT)"
     } else {
         "CAST(last AS TEXT)"
     };
-    let sql = format!(
-        "SELECT CAST(partition AS TEXT), CAST(epoch AS TEXT), {columns} FROM {{t}}cursor ORDER BY partition"
-    );
+    let sql =
+        format!("SELECT CAST(partition AS TEXT), {columns} FROM {{t}}cursor ORDER BY partition");
     tables::query(&world.producer, &sql).await
 }
 

@@ -13,12 +13,15 @@ mod later;
 mod nats;
 mod operators;
 mod owners;
+mod panics;
 mod pauses;
 mod poison;
 mod refused;
 mod replays;
 mod settings;
+mod shares;
 mod start;
+mod suspects;
 mod way;
 mod workers;
 

@@ -9,6 +9,9 @@ use tokio::time::Instant;
 use super::{super::circuit::Open, BROKER, Done, Failed, Pause, Session, trouble_with};
 use crate::{backoff::Backoff, error::Result, failure::PARKED, store::Logged, window::Attempt};
 
+/// How long a publish waits for quiet elsewhere to end.
+const QUIET: Duration = Duration::from_millis(5);
+
 impl Session<'_> {
     /// Opens a publisher, if it is time to; else answers when that may be, unless it is for the breaker to tell.
     pub(super) fn open(&mut self, now: Instant) -> Option<Instant> {
@@ -42,6 +45,7 @@ impl Session<'_> {
         match opened {
             Ok(publisher) => {
                 self.publisher = Some(publisher);
+                self.publisher_opened();
                 // Nothing is there whose confirm would show it.
                 if self.window.is_empty() {
                     self.is_back();
@@ -56,6 +60,10 @@ impl Session<'_> {
     }
 
     pub(super) fn publish(&mut self, now: Instant) {
+        if self.suspects.is_active(now) {
+            return self.publish_alone(now);
+        }
+        self.suspects.rest();
         let settings = self.core.settings.clone();
         // One that filled the window would leave nothing to send while its confirms are awaited.
         let most = settings.publish.min(settings.window.in_flight / 4).max(1);
@@ -65,6 +73,11 @@ impl Session<'_> {
             if probes && self.window.in_flight() > 0 {
                 return;
             }
+            // Not while an event of another partition goes alone.
+            let Ok(among_others) = self.core.quiet.clone().try_read_owned() else {
+                self.loud_at = now + QUIET;
+                return;
+            };
             let paused = &self.paused;
             let allowed = |e: &Logged| {
                 let topic = &e.message.topic;
@@ -95,13 +108,22 @@ impl Session<'_> {
             let mut messages = Vec::with_capacity(attempts.len());
             messages.extend(events.map(|e| e.message.clone()));
             let answers = publisher.publish(messages);
-            self.work
-                .push(async move { Done::Published(attempts, answers.await) }.boxed());
+            self.work.push(
+                async move {
+                    let outcomes = answers.await;
+                    drop(among_others);
+                    Done::Published(attempts, outcomes)
+                }
+                .boxed(),
+            );
         }
     }
 
     /// Events that no broker may see are given up unsent.
-    fn without_defects(&self, attempts: Vec<Attempt>) -> (Vec<Attempt>, Vec<(Attempt, String)>) {
+    pub(super) fn without_defects(
+        &self,
+        attempts: Vec<Attempt>,
+    ) -> (Vec<Attempt>, Vec<(Attempt, String)>) {
         let mut refused = Vec::new();
         let good = attempts.into_iter().filter(|a| {
             let defect = self.window.get(a.seq).and_then(|e| e.defect.clone());
@@ -139,18 +161,20 @@ impl Session<'_> {
         if !self.window.is_current(attempt) {
             return None;
         }
-        let message = self.window.get(attempt.seq)?.message.clone();
+        let event = self.window.get(attempt.seq)?;
+        let (message, position) = (event.message.clone(), event.position);
         let (topic, kind) = (&message.topic, &message.kind);
         let name = self.name(kind, &outcome);
         match outcome {
             Outcome::Unknown(e) => {
                 self.unsure.insert(attempt.seq);
-                self.window.again(attempt);
                 self.lose_publisher(&e);
+                self.window.again(attempt);
                 return Some(name);
             }
             Outcome::Unavailable(e) if !self.is_accepted(kind, &e) => {
                 self.window.again(attempt);
+                self.suspects.unanswered();
                 self.pause(topic.clone(), &e);
                 return Some(name);
             }
@@ -167,10 +191,11 @@ impl Session<'_> {
             Outcome::Rejected(e) => self.give_up(attempt, e.to_string()),
         }
         self.answers(topic);
+        self.got_through(position);
         Some(name)
     }
 
-    fn fail(&mut self, attempt: Attempt, reason: String, delay: Duration, parked: bool) {
+    pub(super) fn fail(&mut self, attempt: Attempt, reason: String, delay: Duration, parked: bool) {
         let failed = Failed {
             attempts: 1,
             reason,
@@ -182,7 +207,7 @@ impl Session<'_> {
     }
 
     /// A dead letter, or the head of a line that waits for an operator.
-    fn give_up(&mut self, attempt: Attempt, reason: String) {
+    pub(super) fn give_up(&mut self, attempt: Attempt, reason: String) {
         let message = self.window.get(attempt.seq).map(|e| &e.message);
         if let Some(message) = message.filter(|m| self.core.parks(m)) {
             self.log_parked(message, &reason);
@@ -193,7 +218,7 @@ impl Session<'_> {
     }
 
     /// The broker has answered, whatever it said.
-    fn is_back(&mut self) {
+    pub(super) fn is_back(&mut self) {
         self.core.circuit.answered();
         self.probe = None;
         // Quietly, as below: the breaker has told it.
@@ -229,6 +254,7 @@ impl Session<'_> {
             let probe = self.probe.take();
             self.core.circuit.lost(e, probe.as_ref());
             self.open_at = Instant::now() + self.open_backoff.step();
+            self.publisher_died(e);
         }
     }
 

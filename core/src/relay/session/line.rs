@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::{super::lines::LineName, Done, LINE, LINES, LOOK, LOOKING, SCHEDULE, Session};
 use crate::{
     error::Result,
-    failure::{Deferred, Line, PARKED, RETRIED, Resolution, Side},
+    failure::{Deferred, Line, PARKED, RETRIED, Resolution, SUSPECT, Side},
     store::{Due, Waiting},
 };
 
@@ -142,12 +142,16 @@ impl Session<'_> {
             .get(&event.message.topic)
             .map(|p| p.until)
             .filter(|until| *until > now);
-        let wait = match (event.due_in, paused, &self.publisher) {
+        let wait = match (event.due_in, paused, self.publisher.is_some()) {
             (due_in, _, _) if !due_in.is_zero() => Some(now + due_in),
             (_, Some(until), _) => Some(until),
             _ if self.draining => Some(now),
-            (_, None, None) => Some(now + Duration::from_millis(100)),
-            _ if !self.window.take_line(name.key()) => Some(now + Duration::from_millis(20)),
+            (_, None, false) => Some(now + Duration::from_millis(100)),
+            _ if !self.may_send_head(&event) => Some(now + Duration::from_millis(20)),
+            _ if !self.window.take_line(name.key()) => {
+                self.suspects.unanswered();
+                Some(now + Duration::from_millis(20))
+            }
             _ => None,
         };
         if let Some(until) = wait {
@@ -155,6 +159,7 @@ impl Session<'_> {
             return Ok(());
         }
         if let Some(reason) = self.refusal(&event.message) {
+            self.suspects.unanswered();
             let attempts = event.attempts.saturating_add(1);
             self.resolve(name, &event, Resolution::Dead { attempts, reason });
             return Ok(());
@@ -162,9 +167,19 @@ impl Session<'_> {
         let Some(publisher) = &self.publisher else {
             return Ok(());
         };
-        let answer = publisher.publish(vec![Arc::new(event.message.clone())]);
+        // None for one that goes alone.
+        let among_others = self.core.quiet.clone().try_read_owned().ok();
+        if among_others.is_none() && !self.head_is_alone() {
+            self.line_waits(&name, Duration::from_millis(20));
+            return Ok(());
+        }
+        let mut message = event.message.clone();
+        message.attributes.remove(SUSPECT);
+        let answer = publisher.publish(vec![Arc::new(message)]);
         let publish = async move {
-            let outcome = answer.await.pop().unwrap_or_else(|| {
+            let mut outcomes = answer.await;
+            drop(among_others);
+            let outcome = outcomes.pop().unwrap_or_else(|| {
                 let text = "the transport gave no outcome";
                 Outcome::Unknown(pillarbox_transport::Error::new(
                     pillarbox_transport::Kind::Closed,
@@ -198,22 +213,28 @@ impl Session<'_> {
             },
             Outcome::Rejected(e) => self.end_of(&event.message, attempts, e.to_string()),
             Outcome::Unknown(e) => {
+                let alone = self.head_is_alone();
                 self.lose_publisher(&e);
+                if self.accuse_head(alone, (&name, &event), &e) {
+                    return;
+                }
                 if event.maybe_sent {
                     return self.line_waits(&name, Duration::from_millis(100));
                 }
                 return self.note(name, &event);
             }
             Outcome::Unavailable(e) => {
+                self.suspects.unanswered();
                 self.pause(event.message.topic.clone(), &e);
                 return self.line_waits(&name, Duration::from_millis(100));
             }
         };
         self.answers(&event.message.topic);
+        self.head_got_through(&event);
         self.resolve(name, &event, resolution);
     }
 
-    fn end_of(&self, message: &Message, attempts: u32, reason: String) -> Resolution {
+    pub(super) fn end_of(&self, message: &Message, attempts: u32, reason: String) -> Resolution {
         if self.core.parks(message) {
             return Resolution::Park { attempts, reason };
         }
@@ -245,7 +266,7 @@ impl Session<'_> {
         self.core.limits.check(&own).err().map(|e| e.to_string())
     }
 
-    fn resolve(&mut self, name: LineName, event: &Deferred, resolution: Resolution) {
+    pub(super) fn resolve(&mut self, name: LineName, event: &Deferred, resolution: Resolution) {
         let again = match &resolution {
             Resolution::Again { delay, .. } => Some(*delay),
             Resolution::Park { reason, .. } => {

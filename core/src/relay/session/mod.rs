@@ -8,6 +8,7 @@ mod failed;
 mod line;
 mod log;
 mod pauses;
+mod suspect;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -17,8 +18,13 @@ use std::{
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use pillarbox_transport::{Outcome, Publisher};
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{OwnedRwLockWriteGuard, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
+
+use suspect::Suspects;
 
 use super::{Core, circuit::Probe, lines::LineName, lines::Lines, trail::Trail};
 use crate::{
@@ -61,6 +67,8 @@ enum Done {
     Line(LineName, Result<Option<Deferred>>),
     LinePublished(LineName, Box<Deferred>, Outcome),
     LineResolved(LineName, Option<Duration>, Result<()>),
+    /// Nothing is in flight in the whole relay.
+    Quiet(OwnedRwLockWriteGuard<()>),
     Looked(Instant, Result<(Waiting, Vec<Line>)>),
     FellDue(Result<Due>),
     Noted(LineName, Result<()>),
@@ -108,6 +116,7 @@ struct Session<'a> {
     /// Lines that wait for the end of a pause.
     put_off: HashSet<LineName>,
     told_full: bool,
+    suspects: Suspects,
 
     reading: bool,
     from: Progress,
@@ -122,6 +131,9 @@ struct Session<'a> {
 
     looking: bool,
     look_at: Instant,
+
+    /// When it may publish again, after another partition needed quiet.
+    loud_at: Instant,
 
     /// When a scheduled event's time comes next; none while none is scheduled, or while they are looked at.
     due_at: Option<Instant>,
@@ -193,6 +205,7 @@ impl<'a> Session<'a> {
             pauses: None,
             put_off: HashSet::new(),
             told_full: false,
+            suspects: Suspects::default(),
             reading: false,
             from: acquired.progress,
             since: acquired.since,
@@ -203,6 +216,7 @@ impl<'a> Session<'a> {
             defer_at: now,
             looking: false,
             look_at: now + LOOK,
+            loud_at: now,
             due_at: Some(now),
             newest: 0,
             settling: false,
@@ -302,6 +316,7 @@ impl<'a> Session<'a> {
             }
         }
         if self.draining {
+            self.acquit();
             return next;
         }
         if !self.looking {
@@ -349,6 +364,11 @@ impl<'a> Session<'a> {
         if let Some(turn) = self.core.next_turn(now) {
             at(turn);
         }
+        [self.suspects.due(), Some(self.loud_at)]
+            .into_iter()
+            .flatten()
+            .filter(|t| *t > now)
+            .for_each(&mut at);
         if self.probe.is_none() {
             self.start_lines(now).into_iter().for_each(at);
         }
@@ -372,6 +392,7 @@ impl<'a> Session<'a> {
                 return self.line_resolved(&name, again, result);
             }
             Done::Looked(begun, lines) => return self.looked(begun, lines),
+            Done::Quiet(quiet) => self.hushed(quiet),
             Done::FellDue(due) => return self.fell_due(due),
             Done::Noted(name, result) => return self.line_noted(&name, result),
         }

@@ -181,7 +181,7 @@ impl Engine {
         loop {
             let mut session = self.connection(operation).await?;
             match q().fetch_all(&mut *session.connection).await {
-                Err(e) if is_dead(&e) && dead < CONNECTIONS => dead += 1,
+                Err(e) if (is_dead(&e) || is_stale(&e)) && dead < CONNECTIONS => dead += 1,
                 rows => {
                     session.clean = !matches!(&rows, Err(e) if must_recycle(e));
                     return rows.map_err(|e| self.failed(operation, e));
@@ -456,6 +456,12 @@ fn breaks_connection(e: &Error) -> bool {
 /// Nobody has answered: what was asked on an idle connection that had died was never begun.
 fn is_dead(e: &sqlx::Error) -> bool {
     is_away(e) && sqlstate(e).as_deref() != Some("25006")
+}
+
+/// A statement that was prepared before the log was written anew with more partitions: its rows have another shape now, and
+/// the connection would refuse them for as long as it lives.
+fn is_stale(e: &sqlx::Error) -> bool {
+    sqlstate(e).as_deref() == Some("42804")
 }
 
 /// The connection is broken, or leads to a server that is no longer the one that writes (read-only after a failover, in

@@ -11,12 +11,14 @@ use super::{
     Inner,
     engine::{Commit, Query, Text, Tx, query},
     log::seen,
+    row,
 };
 use crate::{
     cursor::Progress,
     error::{Error, Kind, Result},
-    lease::{Acquired, Lease, LeaseKey, LeaseTerm},
-    store::millis,
+    failure::LineId,
+    lease::{Acquired, Lease, LeaseKey, LeaseTerm, RELAYS},
+    store::{Relays, millis},
 };
 
 /// A renewal inside a consumer's commit is left out while this much of the term is left, in tenths: more than
@@ -30,6 +32,10 @@ pub(super) struct Statements {
     duty: Table,
     settle: Text,
     settle_source: Text,
+    relays: Text,
+    died: Text,
+    alone: Text,
+    progress: Text,
 }
 
 /// The statements for one of them.
@@ -61,6 +67,29 @@ struct Shape<'a> {
 const RELAY: &[&str] = &["destination", "partition"];
 const SOURCE: &[&str] = &["grp", "transport", "cluster", "name", "partition"];
 const DUTY: &[&str] = &["kind", "scope", "shard"];
+
+/// Whether the lease in row `c` is free.
+fn free() -> String {
+    format!(
+        "(c.expires_at < clock_timestamp() OR c.expires_at > clock_timestamp() + interval '{} s')",
+        LeaseTerm::LONGEST.as_secs()
+    )
+}
+
+/// A partition that has no row yet is free.
+fn relays(schema: &str) -> Text {
+    format!(
+        "SELECT i.partitions, \
+           ARRAY(SELECT c.shard FROM \"{schema}\".lease c WHERE c.kind = '{RELAYS}' AND c.scope = $1 AND NOT {free} \
+                 ORDER BY c.shard) AS seats, \
+           ARRAY(SELECT p FROM generate_series(0, i.partitions - 1) p \
+                 LEFT JOIN \"{schema}\".cursor c ON c.destination = $1 AND c.partition = p \
+                 WHERE c.destination IS NULL OR {free} ORDER BY p) AS free \
+         FROM \"{schema}\".installation i",
+        free = free()
+    )
+    .into()
+}
 
 impl Statements {
     pub(super) fn new(schema: &str) -> Self {
@@ -112,6 +141,19 @@ impl Statements {
             relay: relay.table(),
             source: source.table(),
             duty: duty.table(),
+            relays: relays(schema),
+            died: format!(
+                "INSERT INTO \"{schema}\".suspicion AS s (lease, deaths) VALUES ($1, 1) \
+                 ON CONFLICT (lease) DO UPDATE SET deaths = s.deaths + 1, changed_at = clock_timestamp() \
+                 RETURNING deaths, source, id"
+            )
+            .into(),
+            alone: format!(
+                "INSERT INTO \"{schema}\".suspicion (lease, deaths, source, id) VALUES ($1, 0, $2, $3) \
+                 ON CONFLICT (lease) DO UPDATE SET source = $2, id = $3, changed_at = clock_timestamp()"
+            )
+            .into(),
+            progress: format!("DELETE FROM \"{schema}\".suspicion WHERE lease = $1").into(),
         }
     }
 
@@ -133,10 +175,7 @@ impl Shape<'_> {
             .zip(self.key)
             .map(|(i, k)| format!("c.{k} = ${i}"))
             .collect();
-        let free = format!(
-            "(c.expires_at < clock_timestamp() OR c.expires_at > clock_timestamp() + interval '{} s')",
-            LeaseTerm::LONGEST.as_secs()
-        );
+        let free = free();
         let token = format!(
             "EXISTS (SELECT FROM {schema}.token t WHERE t.owner = ${}::uuid AND t.home = t.tableoid)",
             n + 1
@@ -265,7 +304,7 @@ impl Inner {
             LeaseKey::Source { .. } => row.try_get("reset").map_err(read)?,
             LeaseKey::Duty { .. } => false,
         };
-        let owner = Uuid::new_v4();
+        let (owner, died) = (Uuid::new_v4(), before.is_some());
         let grant = bind_key(query(&table.grant), key)
             .bind(owner.to_string())
             .bind(before)
@@ -274,7 +313,53 @@ impl Inner {
         let Some(row) = tx.fetch_one(bind_more(grant, key)).await? else {
             return Ok(None);
         };
-        acquired(&row, key, owner, reset).map(Some).map_err(read)
+        let mut acquired = acquired(&row, key, owner, reset).map_err(read)?;
+        if key.runs_handlers() {
+            self.note_death(tx, &mut acquired, died).await?;
+        }
+        Ok(Some(acquired))
+    }
+
+    /// Whoever stops in order gives its lease back: an owner that is found died, or could not.
+    async fn note_death(&self, tx: &mut Tx<'_>, acquired: &mut Acquired, died: bool) -> Result<()> {
+        let name = acquired.lease.key.to_string();
+        if !died {
+            return tx
+                .run(query(&self.lease.progress).bind(name))
+                .await
+                .map(drop);
+        }
+        let Some(row) = tx.fetch_one(query(&self.lease.died).bind(name)).await? else {
+            return Ok(());
+        };
+        let mut read = || -> sqlx::Result<()> {
+            acquired.deaths = row.try_get::<i32, _>("deaths")?.unsigned_abs();
+            let id: Option<String> = row.try_get("id")?;
+            acquired.alone = row.try_get::<Option<String>, _>("source")?.zip(id);
+            Ok(())
+        };
+        read().map_err(|e| self.engine.failed("acquire lease", e))
+    }
+
+    /// Notes what is alone under way, or that there is progress.
+    pub(super) async fn alone(&self, lease: &Lease, event: Option<LineId>) -> Result<()> {
+        const OPERATION: &str = "note an event";
+        let bound = self.engine.term().statement();
+        let commit = Commit::durable(event.is_some());
+        let mut tx = self.engine.begin(OPERATION, bound, commit).await?;
+        let name = lease.key.to_string();
+        let q = match event {
+            Some((source, id)) => query(&self.lease.alone)
+                .bind(name)
+                .bind(row::named(&source))
+                .bind(row::named(&id)),
+            None => query(&self.lease.progress).bind(name),
+        };
+        let outcome = match tx.run(q).await {
+            Ok(_) => self.fence(&mut tx, OPERATION, lease).await,
+            Err(e) => Err(e),
+        };
+        tx.end(outcome).await
     }
 
     /// Nothing was created: somebody else was faster, the destination was removed, or there is no such partition.
@@ -294,6 +379,29 @@ impl Inner {
         }
         let text = format!("the log has no partition {partition}");
         Err(Error::new(Kind::Invalid, "acquire lease", text))
+    }
+
+    /// Who relays a destination, and what is free of it.
+    pub(super) async fn relays(&self, destination: &str) -> Result<Relays> {
+        const OPERATION: &str = "look at the relays";
+        let look = || query(&self.lease.relays).bind(destination.to_owned());
+        let rows = self.engine.fetch(OPERATION, look).await?;
+        let Some(row) = rows.first() else {
+            let text = self.engine.not_migrated();
+            return Err(Error::new(Kind::NotMigrated, OPERATION, text));
+        };
+        let read = || -> sqlx::Result<Relays> {
+            let numbers = |name| -> sqlx::Result<Vec<u16>> {
+                let numbers: Vec<i32> = row.try_get(name)?;
+                Ok(numbers.into_iter().flat_map(u16::try_from).collect())
+            };
+            Ok(Relays {
+                partitions: row.try_get::<i16, _>("partitions")?.unsigned_abs(),
+                seats: numbers("seats")?,
+                free: numbers("free")?,
+            })
+        };
+        read().map_err(|e| self.engine.failed(OPERATION, e))
     }
 
     /// Prolongs a lease.
@@ -431,6 +539,8 @@ fn acquired(row: &PgRow, key: &LeaseKey, owner: Uuid, reset: bool) -> sqlx::Resu
         since: None,
         position: None,
         reset,
+        deaths: 0,
+        alone: None,
     };
     match key {
         LeaseKey::Relay { .. } => {

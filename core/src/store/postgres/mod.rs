@@ -11,6 +11,7 @@ mod lease;
 mod letters;
 mod log;
 mod pause;
+mod repartition;
 mod retention;
 mod row;
 mod schedule;
@@ -29,8 +30,8 @@ use self::{
     unit::Work,
 };
 use super::{
-    Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered, Slice,
-    Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
+    Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered,
+    Relays, Slice, Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
 };
 use crate::{
     admin::{DryRun, Filter, Installation, Letter, LetterId, Removed, Selection, Shown},
@@ -134,6 +135,21 @@ impl Store for Postgres {
         to_its_end("look at the schema", DEADLINE, work).await
     }
 
+    async fn repartition(&self, partitions: u16) -> Result<()> {
+        let inner = self.inner();
+        let work = async move { inner.repartition(partitions).await };
+        to_its_end("repartition", repartition::PATIENCE, work).await
+    }
+
+    async fn alone(&self, lease: &Lease, event: Option<&LineId>) -> Result<()> {
+        let (inner, lease, event) = (self.inner(), lease.clone(), event.cloned());
+        self.held(
+            "note an event",
+            async move { inner.alone(&lease, event).await },
+        )
+        .await
+    }
+
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
         let (inner, key) = (self.inner(), key.clone());
         let work = async move { inner.acquire(&key, term).await };
@@ -150,6 +166,12 @@ impl Store for Postgres {
         let (inner, lease) = (self.inner(), lease.clone());
         self.held("release lease", async move { inner.release(&lease).await })
             .await
+    }
+
+    async fn relays(&self, destination: &str) -> Result<Relays> {
+        let (inner, destination) = (self.inner(), destination.to_owned());
+        let work = async move { inner.relays(&destination).await };
+        to_its_end("look at the relays", DEADLINE, work).await
     }
 
     async fn read(&self, partition: u16, from: &Progress, limit: u32) -> Result<Slice> {

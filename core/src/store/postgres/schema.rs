@@ -21,6 +21,7 @@ const STEPS: &[(i32, &str)] = &[
     (3, include_str!("schema_3.sql")),
     (4, include_str!("pause.sql")),
     (5, include_str!("destinations.sql")),
+    (6, include_str!("schema_6.sql")),
 ];
 
 /// The longest that making the schema takes, with the wait for another program that is making it.
@@ -30,15 +31,15 @@ pub(super) struct Statements {
     pub(super) partitions: Text,
     exists: Text,
     installed: Text,
-    lock: Text,
+    pub(super) lock: Text,
     note: Text,
 }
 
 /// What the schema says about itself.
-struct Installed {
+pub(super) struct Installed {
     version: i32,
     oldest_program: i32,
-    partitions: u16,
+    pub(super) partitions: u16,
 }
 
 impl Statements {
@@ -177,7 +178,7 @@ impl Inner {
         self.check(operation, rows.into_iter().next())
     }
 
-    fn check(
+    pub(super) fn check(
         &self,
         operation: &'static str,
         row: Option<sqlx::postgres::PgRow>,

@@ -7,12 +7,14 @@ use uuid::Uuid;
 use crate::{
     cursor::Progress,
     error::{Error, Kind, Result},
-    lease::{Acquired, Lease, LeaseKey, LeaseTerm},
+    failure::LineId,
+    lease::{Acquired, Lease, LeaseKey, LeaseTerm, RELAYS},
+    store::Relays,
 };
 
 use super::{
     destination,
-    pool::Transaction,
+    pool::{Engine, Transaction},
     row::{micros, time},
 };
 
@@ -28,6 +30,7 @@ pub(super) async fn acquire(
         destination::check_removed(tx, destination).await?;
     }
     make(tx, key).await?;
+    let died = key.runs_handlers() && is_owned(tx, key).await?;
     let owner = Uuid::new_v4();
     let statement = format!(
         "UPDATE {{p}}{} SET owner = ?1, epoch = epoch + 1, expires_at = {{now}} + ?2 \
@@ -62,7 +65,12 @@ pub(super) async fn acquire(
         since: since.map(time),
         position: None,
         reset: false,
+        deaths: 0,
+        alone: None,
     };
+    if key.runs_handlers() {
+        note_death(tx, &mut acquired, died).await?;
+    }
     match key {
         LeaseKey::Relay { .. } => {
             acquired.progress.last = place.unwrap_or(0);
@@ -76,6 +84,89 @@ pub(super) async fn acquire(
         LeaseKey::Duty { .. } => {}
     }
     Ok(Some(acquired))
+}
+
+async fn is_owned(tx: &mut Transaction, key: &LeaseKey) -> Result<bool> {
+    let statement = format!(
+        "SELECT owner IS NOT NULL FROM {{p}}{} WHERE {}",
+        table(key),
+        clause(key)
+    );
+    let query = bind(tx.names().sql(&statement), Uuid::nil(), [0; 3], key);
+    let row = query.fetch_one(tx.connection()).await;
+    row.and_then(|row| row.try_get(0)).map_err(|e| tx.failed(e))
+}
+
+/// Whoever stops in order gives its lease back: an owner that is found died, or could not.
+async fn note_death(tx: &mut Transaction, acquired: &mut Acquired, died: bool) -> Result<()> {
+    let name = acquired.lease.key.to_string();
+    if !died {
+        return progress(tx, name).await;
+    }
+    let sql = tx.names().sql(
+        "INSERT INTO {p}suspicion (lease, deaths) VALUES (?1, 1) \
+         ON CONFLICT (lease) DO UPDATE SET deaths = deaths + 1, changed_at = {now} RETURNING deaths, source, id",
+    );
+    let row: sqlx::Result<(u32, Option<String>, Option<String>)> = sqlx::query_as(sql)
+        .bind(name)
+        .fetch_one(tx.connection())
+        .await;
+    let (deaths, source, id) = row.map_err(|e| tx.failed(e))?;
+    (acquired.deaths, acquired.alone) = (deaths, source.zip(id));
+    Ok(())
+}
+
+async fn progress(tx: &mut Transaction, name: String) -> Result<()> {
+    let sql = tx.names().sql("DELETE FROM {p}suspicion WHERE lease = ?1");
+    tx.run(sqlx::query(sql).bind(name)).await.map(drop)
+}
+
+/// Notes what is alone under way, or that there is progress.
+pub(super) async fn alone(
+    tx: &mut Transaction,
+    lease: &Lease,
+    event: Option<LineId>,
+) -> Result<()> {
+    fence(tx, lease).await?;
+    let name = lease.key.to_string();
+    let Some((source, id)) = event else {
+        return progress(tx, name).await;
+    };
+    let sql = tx.names().sql(
+        "INSERT INTO {p}suspicion (lease, deaths, source, id) VALUES (?1, 0, ?2, ?3) \
+         ON CONFLICT (lease) DO UPDATE SET source = ?2, id = ?3, changed_at = {now}",
+    );
+    tx.run(sqlx::query(sql).bind(name).bind(source).bind(id))
+        .await
+        .map(drop)
+}
+
+/// Who relays a destination, and what is free of it. Reads beside the writer.
+pub(super) async fn relays(engine: &Engine, destination: &str) -> Result<Relays> {
+    const OPERATION: &str = "look at the relays";
+    const FREE: &str = "(expires_at <= {now} OR expires_at > {now} + ?2)";
+    let names = engine.names();
+    let text = format!(
+        "SELECT 0, partition FROM {{p}}cursor WHERE destination = ?1 AND {FREE} \
+         UNION ALL SELECT 0, 0 WHERE NOT EXISTS (SELECT 1 FROM {{p}}cursor WHERE destination = ?1) \
+         UNION ALL SELECT 1, shard FROM {{p}}lease WHERE kind = '{RELAYS}' AND scope = ?1 AND NOT {FREE} ORDER BY 1, 2"
+    );
+    let mut reader = engine.reader(OPERATION).await?;
+    let rows = sqlx::query_as(names.sql(&text))
+        .bind(destination)
+        .bind(micros(LeaseTerm::LONGEST))
+        .fetch_all(&mut *reader)
+        .await;
+    let rows: Vec<(i64, u16)> = rows.map_err(|e| names.failed(OPERATION, e))?;
+    let of = |kind| {
+        let rows = rows.iter().filter(move |row| row.0 == kind);
+        rows.map(|row| row.1).collect()
+    };
+    Ok(Relays {
+        partitions: 1,
+        seats: of(1),
+        free: of(0),
+    })
 }
 
 /// Prolongs the lease.

@@ -28,14 +28,14 @@ use crate::{
     backpressure::Backlog,
     connection::Pool,
     cursor::Progress,
-    error::Result,
+    error::{Error, Kind, Result},
     event::Key,
     failure::{DeadLetter, Deferral, Deferred, Line, LineId, Resolution, Side},
     lease::{Acquired, Lease, LeaseKey, LeaseTerm},
     pause::{NewPause, Target},
     store::{
         Added, Cleaned, Counted, Due, Extent, Gate, Letters, NewDestination, Paused, Registered,
-        Slice, Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
+        Relays, Slice, Standing, Standings, Store, Trimmed, Unit, Unserved, Waiting,
     },
 };
 use pool::Engine;
@@ -88,6 +88,23 @@ impl Store for Sqlite {
         schema::installation(&self.engine).await
     }
 
+    async fn repartition(&self, partitions: u16) -> Result<()> {
+        if partitions == 1 {
+            return Ok(());
+        }
+        let text = "on SQLite the log has one partition: there is one writer, and one relay keeps up with it";
+        Err(Error::new(Kind::Invalid, "repartition", text))
+    }
+
+    async fn alone(&self, lease: &Lease, event: Option<&LineId>) -> Result<()> {
+        let (lease, event) = (lease.clone(), event.cloned());
+        self.engine
+            .write("note an event", move |tx| {
+                Box::pin(async move { lease::alone(tx, &lease, event).await })
+            })
+            .await
+    }
+
     async fn acquire(&self, key: &LeaseKey, term: LeaseTerm) -> Result<Option<Acquired>> {
         let key = key.clone();
         self.engine
@@ -113,6 +130,10 @@ impl Store for Sqlite {
                 Box::pin(async move { lease::release(tx, &lease).await })
             })
             .await
+    }
+
+    async fn relays(&self, destination: &str) -> Result<Relays> {
+        lease::relays(&self.engine, destination).await
     }
 
     async fn read(&self, _partition: u16, from: &Progress, limit: u32) -> Result<Slice> {

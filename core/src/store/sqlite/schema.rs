@@ -15,6 +15,7 @@ const STEPS: &[(i32, &str)] = &[
     (3, include_str!("schema_3.sql")),
     (4, include_str!("pause.sql")),
     (5, include_str!("destinations.sql")),
+    (6, include_str!("schema_6.sql")),
 ];
 const OPERATION: &str = "open schema";
 

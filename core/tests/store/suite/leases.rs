@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pillarbox_core::lease::LeaseTerm;
+use pillarbox_core::lease::{LeaseKey, LeaseTerm};
 
 use super::{Bench, acquire, group, impostor, lost, migrated, pump, relay, term};
 
@@ -107,5 +107,65 @@ pub(crate) async fn epochs_grow_for_ever(bench: &dyn Bench) {
         assert!(last < Some(lease.epoch));
         last = Some(lease.epoch);
         database.store().release(&lease).await.unwrap();
+    }
+}
+
+pub(crate) async fn whoever_lives_has_a_seat(bench: &dyn Bench) {
+    let database = migrated(bench).await;
+    let store = database.store();
+    let seat = |shard| LeaseKey::Duty {
+        kind: "relays",
+        scope: "main".to_owned(),
+        shard,
+    };
+    let seen = async || store.relays("main").await.unwrap();
+    assert_eq!(
+        (seen().await.seats, seen().await.free),
+        (vec![], vec![0]),
+        "nobody is there"
+    );
+    assert_eq!(store.relays("other").await.unwrap().free, [0]);
+    let third = acquire(&**store, &seat(3)).await.lease;
+    let first = acquire(&**store, &seat(1)).await.lease;
+    let held = acquire(&**store, &relay()).await.lease;
+    assert_eq!(
+        (seen().await.seats, seen().await.free),
+        (vec![1, 3], vec![])
+    );
+    assert_eq!(store.relays("other").await.unwrap().seats, [0; 0]);
+    store.release(&third).await.unwrap();
+    store.release(&held).await.unwrap();
+    assert_eq!((seen().await.seats, seen().await.free), (vec![1], vec![0]));
+    // Killed: forgotten when it expires.
+    bench.expire(&first.key, -1).await;
+    assert_eq!(seen().await.seats, [0; 0]);
+}
+
+/// Whoever dies gives nothing back.
+pub(crate) async fn deaths_are_counted_until_there_is_progress(bench: &dyn Bench) {
+    let database = migrated(bench).await;
+    let store = database.store();
+    let name = ("source".to_owned(), "id".to_owned());
+    for key in [group(), pump()] {
+        let dies = async || {
+            bench.expire(&key, -1).await;
+            let next = acquire(&**store, &key).await;
+            (next.lease.clone(), next.deaths, next.alone.clone())
+        };
+        let first = acquire(&**store, &key).await;
+        assert_eq!((first.deaths, first.alone), (0, None));
+        let (second, deaths, alone) = dies().await;
+        assert_eq!((deaths, alone), (1, None));
+        lost(store.alone(&first.lease, Some(&name)).await);
+        store.alone(&second, Some(&name)).await.unwrap();
+        let (third, deaths, alone) = dies().await;
+        assert_eq!((deaths, alone.as_ref()), (2, Some(&name)));
+        lost(store.alone(&second, None).await);
+        store.alone(&third, None).await.unwrap();
+        let (fourth, deaths, alone) = dies().await;
+        assert_eq!((deaths, alone), (1, None));
+        store.release(&fourth).await.unwrap();
+        let fifth = acquire(&**store, &key).await;
+        assert_eq!(fifth.deaths, 0, "it stopped in order");
     }
 }
