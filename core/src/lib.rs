@@ -25,6 +25,7 @@ pub mod pause;
 pub mod relay;
 mod retention;
 mod running;
+mod signal;
 #[cfg(any(test, feature = "simulation"))]
 #[doc(hidden)]
 pub mod simulation;

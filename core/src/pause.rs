@@ -13,7 +13,9 @@ use std::{
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::{error::Result, event::Key, failure::Side, running::Report, store::Store};
+use crate::{
+    error::Result, event::Key, failure::Side, running::Report, signal::Signal, store::Store,
+};
 
 /// How often they are looked at.
 const LOOK: Duration = Duration::from_secs(1);
@@ -222,34 +224,49 @@ impl Pauses {
 }
 
 /// The pauses as they were last seen; none before the first look.
-#[derive(Debug, Clone)]
-pub(crate) struct Watched(watch::Receiver<Option<Arc<Pauses>>>);
+#[derive(Debug)]
+pub(crate) struct Watched {
+    all: Arc<Signal<Option<Arc<Pauses>>>>,
+    own: watch::Receiver<Option<Arc<Pauses>>>,
+}
+
+/// Each has a channel of its own.
+impl Clone for Watched {
+    fn clone(&self) -> Self {
+        Self::of(self.all.clone())
+    }
+}
 
 impl Watched {
     /// Nothing is known, and never will be: for whoever does not run yet.
     pub(crate) fn unknown() -> Self {
-        Self(watch::channel(None).1)
+        Self::of(Arc::new(Signal::new(None)))
+    }
+
+    fn of(all: Arc<Signal<Option<Arc<Pauses>>>>) -> Self {
+        let own = all.watch();
+        Self { all, own }
     }
 
     pub(crate) fn now(&self) -> Option<Arc<Pauses>> {
-        self.0.borrow().clone()
+        self.all.get()
     }
 
     /// Everything is held back.
     pub(crate) fn is_whole(&self) -> bool {
-        self.0.borrow().as_ref().is_none_or(|p| p.whole)
+        self.all.get().is_none_or(|p| p.whole)
     }
 
     /// Whether they have changed since this was asked, or [`Watched::changed`] resolved.
     pub(crate) fn take_change(&mut self) -> bool {
-        let has_changed = self.0.has_changed().unwrap_or(false);
-        self.0.mark_unchanged();
+        let has_changed = self.own.has_changed().unwrap_or(false);
+        self.own.mark_unchanged();
         has_changed
     }
 
     /// Resolves at the next change.
     pub(crate) async fn changed(&mut self) {
-        if self.0.changed().await.is_err() {
+        if self.own.changed().await.is_err() {
             // Nobody looks any more: whoever asks is about to end.
             std::future::pending::<()>().await;
         }
@@ -270,7 +287,7 @@ pub(crate) struct Watcher {
     side: Side,
     scope: Arc<str>,
     report: Report,
-    seen: watch::Sender<Option<Arc<Pauses>>>,
+    seen: Arc<Signal<Option<Arc<Pauses>>>>,
 }
 
 impl Watcher {
@@ -280,7 +297,8 @@ impl Watcher {
         scope: Arc<str>,
         report: Report,
     ) -> (Self, Watched) {
-        let (seen, watched) = watch::channel(None);
+        let seen = Arc::new(Signal::new(None));
+        let watched = Watched::of(seen.clone());
         let watcher = Self {
             store,
             side,
@@ -288,7 +306,7 @@ impl Watcher {
             report,
             seen,
         };
-        (watcher, Watched(watched))
+        (watcher, watched)
     }
 
     /// Looks until `stop`. What it cannot see stops nobody: the last look holds.
@@ -326,7 +344,7 @@ impl Watcher {
     }
 
     fn note(&self, all: Vec<Pause>) {
-        let before = self.seen.borrow().clone();
+        let before = self.seen.get();
         if before.as_ref().is_some_and(|b| b.all == all) {
             return;
         }
@@ -343,8 +361,7 @@ impl Watcher {
             None => drop(self.report.clear(WHOLE)),
         }
         // Who reads it in the health can count on it.
-        self.seen
-            .send_replace(Some(Arc::new(Pauses::of(all.clone()))));
+        self.seen.set(Some(Arc::new(Pauses::of(all.clone()))));
         self.report.pauses(all);
     }
 }

@@ -12,6 +12,7 @@ use crate::{
     backoff::chance,
     breaker::{Breaker, BreakerState, Permit, Told},
     running::Report,
+    signal::Signal,
 };
 
 /// One breaker, for one destination.
@@ -19,7 +20,7 @@ pub(super) struct Circuit {
     destination: Arc<str>,
     report: Report,
     breaker: Mutex<Breaker>,
-    state: watch::Sender<BreakerState>,
+    state: Signal<BreakerState>,
     /// Asked at every confirm, and nearly always true: there is nothing that an answer would change.
     calm: AtomicBool,
 }
@@ -44,7 +45,7 @@ impl Circuit {
             destination,
             report,
             breaker: Mutex::new(Breaker::new()),
-            state: watch::Sender::new(BreakerState::Closed),
+            state: Signal::new(BreakerState::Closed),
             calm: AtomicBool::new(true),
         };
         Arc::new(circuit)
@@ -63,7 +64,7 @@ impl Circuit {
 
     /// Wakes at each change of the state.
     pub(super) fn watch(&self) -> watch::Receiver<BreakerState> {
-        self.state.subscribe()
+        self.state.watch()
     }
 
     pub(super) fn ask(self: &Arc<Self>, now: Instant) -> Open {
@@ -127,12 +128,9 @@ impl Circuit {
         self.calm.store(breaker.is_calm(), Relaxed);
         let now = breaker.state();
         // Under the lock, so that the last change is the last that is told.
-        let is_new = self.state.send_if_modified(|state| {
-            let differs = *state != now;
-            *state = now;
-            differs
-        });
+        let is_new = self.state.get() != now;
         if is_new {
+            self.state.set(now);
             self.report.breaker(now);
             self.show(now);
         }

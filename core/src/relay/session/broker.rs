@@ -75,6 +75,10 @@ impl Session<'_> {
             }
             // Not while an event of another partition goes alone.
             let Ok(among_others) = self.core.quiet.clone().try_read_owned() else {
+                // Whoever goes alone may wait for the breaker, and proves as well whether the broker is back.
+                if probes {
+                    self.is_back();
+                }
                 self.loud_at = now + QUIET;
                 return;
             };
