@@ -1,8 +1,6 @@
 //! Holding back, and going on.
 
-use std::time::Duration;
-
-use pillarbox_tests::{Tick, TickHandler, World, in_both_worlds};
+use pillarbox_tests::{Tick, TickHandler, World, in_both_worlds, until};
 use serde_json::{Value, json};
 
 use crate::program::Config;
@@ -65,8 +63,13 @@ async fn a_pause_is_shown_obeyed_and_ended(world: World) {
     let outbox = world.outbox();
     world.commit(&outbox, &[Tick::new("a", 1)]).await;
     let way = world.start(&outbox, world.ticks(TickHandler::new())).await;
-    // Nothing tells that something does not happen.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Before its first look it sends nothing, after it it knows.
+    until("the relay knows", async || {
+        !way.relay.health().pauses.is_empty()
+    })
+    .await;
+    let status = config.run(&["status", "--json"]).await.json(0);
+    assert_eq!(status["pauses"].as_array().map(Vec::len), Some(1));
     assert_eq!(world.count_effects().await, 0);
     let resumed = config
         .run(&[&["resume", "--json"][..], &target].concat())

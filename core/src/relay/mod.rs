@@ -91,7 +91,8 @@ impl Default for RelaySettings {
 
 /// Publishes the log: in order for each key, with confirms, with retries, one owner for each partition.
 ///
-/// Any number may run against one database; leases share the partitions among them.
+/// Any number may run against one database: a lease gives each partition one owner, and when that one ends another takes over.
+/// Nothing balances them yet: the first one may own all.
 ///
 /// ```no_run
 /// # use std::sync::Arc;
